@@ -1,0 +1,131 @@
+"""The closed vocabulary of fused operations: what a pattern asks for, never how it is done.
+
+A fused op says everything a lowering needs to make a kernel and to count its traffic, and nothing of
+FX nodes: those travel beside it as a `Site`. Sizes may be `int` or `torch.SymInt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from .algebra import Value
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """Normalisation of each row of x [M, K] before the matmul.
+
+    rms:   x · rsqrt(mean(x²) + eps) · (w + offset)
+    layer: (x − mean(x)) · rsqrt(var(x) + eps) · (w + offset) + b      (population variance)
+    `offset` is 1.0 for Gemma's (1 + w), else 0.0; without a weight the factor is 1.
+    """
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    has_weight: bool
+    has_bias: bool = False
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A further tensor that the epilogue reads, in the output's index space [M, N].
+
+    kind: "full" [M, N], "row" [M] (one value per row), "col" [N] (one per column), "scalar" [].
+    """
+
+    kind: Literal["full", "row", "col", "scalar"]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class MatmulFamily:
+    """out [M, N] = epilogue(norm(x) @ w_0ᵀ, norm(x) @ w_1ᵀ, …, extras).
+
+    x is [M, K] with unit stride along K; each weight is [N, K] with unit stride along K (an `nn.Linear`
+    weight), or [K, N] with unit stride along N where `weight_is_kn`. All weights of a family with an
+    epilogue that mixes them have the same N.
+
+    `epilogue` is a `Value` over the leaves `acc(index=i)` (the i-th product, float32) and
+    `extra(index=j)`; plain linear has `acc(index=0)` itself. A linear's bias is a "col" extra.
+
+    Operands of a site, in this order: x, [norm weight], [norm bias], w_0, w_1, …, extras….
+    """
+
+    m: Size
+    k: Size
+    n: Size
+    weights: int
+    norm: RowNorm | None
+    epilogue: Value
+    extras: tuple[Extra, ...]
+    dtype: torch.dtype  # of x and the weights
+    out_dtype: torch.dtype
+    weight_is_kn: bool = False
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is known about which keys a query may see, beyond the bounds of the tensors.
+
+    none:    every key.
+    causal:  key j is visible to query i iff j <= i + offset. `offset` is 0 for top-left causal (torch's
+             `is_causal`); a number or None where it comes from a tensor, then `length` is set.
+    length:  one query row per batch entry sees keys j <= position, read from a device-side integer scalar.
+             (static-cache decode). The scalar is the site's operand named "position".
+    tensor:  an additive or boolean tensor, operand "mask" (True = visible).
+    """
+
+    kind: Literal["none", "causal", "length", "tensor"]
+    offset: Size = 0
+    window: int | None = None  # sliding window: also j > i + offset − window
+    proof: str = ""  # a sentence: how the mask was recognised
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(score(q·kᵀ)·…)·v over heads, in layout BHSD.
+
+    q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; query head h reads key head h // (H / Hkv).
+    score = scale · q·k, then softcap·tanh(score / softcap) where softcap is set, then the mask.
+    Operands of a site, in this order: q, k, v, [mask tensor or position scalar].
+    """
+
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    q_len: Size
+    kv_len: Size
+    head_dim: int
+    v_dim: int
+    scale: float
+    mask: Mask
+    dtype: torch.dtype
+    softcap: float | None = None
+
+
+FusedOp = MatmulFamily | Attention
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a fused op stands in an FX graph.
+
+    `operands` are the nodes it reads, in the order its fused op documents. Each may have any shape that is a
+    contiguous reshape of the documented one (the emitter reshapes). `output` is the node it replaces;
+    `interior` all nodes that become dead unless used elsewhere (the output included); `escaping` the interior
+    nodes other than the output that are used elsewhere and therefore stay.
+    """
+
+    operands: tuple[Node, ...]
+    output: Node
+    interior: tuple[Node, ...]
+    escaping: tuple[Node, ...] = field(default=())
