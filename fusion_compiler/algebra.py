@@ -14,6 +14,8 @@ so comparing is `is`. Constructors normalise, so that spellings meet:
 from __future__ import annotations
 
 import math
+import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -78,11 +80,15 @@ class Algebra:
     # ---- sums and products ------------------------------------------------------------------
     def add(self, *terms: Value) -> Value:
         """Sum; numeric constants are gathered into at most one."""
-        return self._nary("add", terms, 0.0, lambda a, b: a + b)
+        return self._nary("add", terms, 0.0, operator.add)
 
     def mul(self, *factors: Value) -> Value:
-        """Product; `x·sigmoid(x)` becomes silu(x), `½·x·(1+erf(x/√2))` and its tanh form become gelu."""
-        return self._activation(self._nary("mul", factors, 1.0, lambda a, b: a * b))
+        """Product; `x·x` is pow(x, 2), `x·sigmoid(x)` silu(x), `½·x·(1+erf(x/√2))` and its tanh form gelu."""
+        product = self._activation(self._nary("mul", factors, 1.0, operator.mul))
+        if product.op != "mul" or len(set(product.args)) == len(product.args):
+            return product
+        powers = [self.pow(f, float(n)) for f, n in Counter(product.args).items()]
+        return self._nary("mul", powers, 1.0, operator.mul)
 
     def sub(self, a: Value, b: Value) -> Value:
         return self.add(a, self.neg(b))
@@ -180,7 +186,7 @@ class Algebra:
             rest = self._without(factors, gate)
             others = self._take(rest, x)
             if others is not None:
-                return self._nary("mul", (*others, self.make("silu", x)), 1.0, lambda a, b: a * b)
+                return self._nary("mul", (*others, self.make("silu", x)), 1.0, operator.mul)
         for gate in [f for f in factors if f.op == "add"]:
             found = self._gelu(gate)
             if found is None:
@@ -189,7 +195,7 @@ class Algebra:
             others = self._take(self._without(factors, gate), x)
             if others is not None:
                 coefficient = self.const(2.0)  # ½ is the formula's own; whatever is left stays a factor
-                return self._nary("mul", (*others, coefficient, self.make(name, x)), 1.0, lambda a, b: a * b)
+                return self._nary("mul", (*others, coefficient, self.make(name, x)), 1.0, operator.mul)
         return product
 
     @staticmethod

@@ -1,0 +1,82 @@
+"""Matches and near misses: what a pattern found in a graph, and what it almost found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .fused import FusedOp, MatmulFamily, Site
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from .pattern import Pattern
+    from .semantics import SemanticView
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place in the graph that computes `op`. `alternatives` are other fused ops for the same output, such as
+    the same linear without the norm in front folded in; the judge takes the cheapest legal one.
+
+    `prologue` are the nodes of a norm that the first form recomputes inside the kernel; the last of them holds its
+    result. They may be read elsewhere: then they stay. `prologue_share` is the part of their cost that this match
+    saves: the share of its weights among all that fold the same norm, 0 where something else reads the norm."""
+
+    pattern: str
+    op: FusedOp
+    site: Site
+    alternatives: tuple[tuple[FusedOp, Site], ...] = ()
+    prologue: tuple[Node, ...] = ()
+    prologue_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """The root of a pattern was there but not the rest: the node that broke it, and why, in a sentence with the cure."""
+
+    pattern: str
+    node: Node
+    reason: str
+
+
+def find_all(view: SemanticView, patterns: Iterable[Pattern]) -> tuple[list[Match], list[NearMiss]]:
+    """What every pattern found and almost found in a graph."""
+    matches: list[Match] = []
+    near_misses: list[NearMiss] = []
+    for pattern in patterns:
+        found, almost = pattern.find(view)
+        matches += found
+        near_misses += almost
+    outputs = {m.site.output for m in matches}
+    return _share_prologues(matches), [n for n in near_misses if n.node not in outputs]
+
+
+def _share_prologues(matches: list[Match]) -> list[Match]:
+    """Divide the cost of each folded norm among the products that fold it."""
+    folding: dict[Node, list[Match]] = {}
+    for m in matches:
+        if m.prologue:
+            folding.setdefault(m.prologue[-1], []).append(m)
+    shared = []
+    for m in matches:
+        share = 1.0
+        if m.prologue:
+            sharing = folding[m.prologue[-1]]
+            inside = {node for other in sharing for node in other.site.interior}
+            if any(user not in inside for node in m.prologue for user in node.users):
+                share = 0.0
+            else:
+                products = {w for other in sharing for w in _weights(other)}
+                share = len(_weights(m)) / len(products)
+        shared.append(replace(m, prologue_share=share))
+    return shared
+
+
+def _weights(match: Match) -> tuple[Node, ...]:
+    op = match.op
+    if not isinstance(op, MatmulFamily) or op.norm is None:
+        return ()
+    first = 1 + op.norm.has_weight + op.norm.has_bias
+    return match.site.operands[first : first + op.weights]

@@ -1,0 +1,195 @@
+"""From a value that some pattern matched to the fused op `MatmulFamily` and the site it stands at.
+
+Whatever the pattern, the work is the same: find the linears below the root, see that they share their input, fold a
+norm of that input, and write what lies between the linears and the root as the epilogue. What the epilogue reads
+besides is an extra. A refusal is a sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from .algebra import POINTWISE, Value
+from .fused import Extra, MatmulFamily, RowNorm, Site
+from .norms import NORMS
+from .semantics import SemanticView, extent, shape_of
+from .sites import interior_between
+
+_EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A fused op at its site, with the nodes of the folded norm (empty without one)."""
+
+    op: MatmulFamily
+    site: Site
+    prologue: tuple[Node, ...] = ()
+
+
+def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
+    """The ways to see `root`, held by `output`, as one matmul family: with the norm folded in first, then without.
+
+    Returns a sentence where it cannot be one.
+    """
+    linears = [v for v in _until_linear(root) if v.op == "linear"]
+    if not linears:
+        return "there is no linear below this node"
+    inputs = {id(v.args[0]) for v in linears}
+    if len(inputs) > 1:
+        return "its linears read different inputs; only linears of one and the same input share a kernel"
+    products = [view.products(v)[0] for v in linears]
+    _, x_node, w_node = products[0]
+    dtype = w_node.meta["val"].dtype
+    m, k = x_node.meta["val"].shape[-2:]
+    n = w_node.meta["val"].shape[-1]
+    if any(extent(w.meta["val"].shape[-1]) != extent(n) for _, _, w in products):
+        return "its linears have different numbers of output features, so their products cannot be combined"
+    if _count(shape_of(output)) != _count((extent(m), extent(n))):
+        return "the result is not one value per row and output feature"
+
+    weights, layouts = [], set()
+    for value, (_, _, w) in zip(linears, products, strict=True):
+        operand = _weight_operand(view, value, w)
+        if isinstance(operand, str):
+            return operand
+        weights.append(operand[0])
+        layouts.add(operand[1])
+    if len(layouts) > 1:
+        return "one weight is stored [out, in] and the other [in, out]; store both the same way"
+
+    extras: list[tuple[Extra, Node]] = []
+    epilogue = _epilogue(view, root, linears, extras, {})
+    if isinstance(epilogue, str):
+        return epilogue
+
+    x_value = linears[0].args[0]
+    op = MatmulFamily(
+        m=m, k=k, n=n, weights=len(weights), norm=None, epilogue=epilogue, extras=tuple(e for e, _ in extras),
+        dtype=dtype, out_dtype=output.meta["val"].dtype, weight_is_kn=layouts.pop(),
+    )  # fmt: skip
+    tail = (*weights, *(n for _, n in extras))
+    families = []
+    folded = _folded_norm(view, x_value, x_node, extent(k))
+    if folded is not None:
+        norm, head, normalised = folded
+        interior = interior_between(output, (*head, *tail))
+        prologue = interior_between(normalised, head)
+        families.append(Family(replace(op, norm=norm), _site(output, (*head, *tail), interior, prologue), prologue))
+    interior = interior_between(output, (x_node, *tail))
+    families.append(Family(op, _site(output, (x_node, *tail), interior, ())))
+    return families
+
+
+def _site(output: Node, operands: tuple[Node, ...], interior: tuple[Node, ...], prologue: tuple[Node, ...]) -> Site:
+    inside = set(interior)
+    escaping = tuple(
+        node for node in interior
+        if node is not output and node not in prologue and any(u not in inside for u in node.users)
+    )  # fmt: skip
+    return Site(operands, output, interior, escaping)
+
+
+def _count(shape: tuple[object, ...]) -> object:
+    total: object = 1
+    for size in shape:
+        total = total * size  # type: ignore[operator]
+    return total
+
+
+def _until_linear(root: Value) -> list[Value]:
+    """The values from `root` down to the linears, which are not entered; operands before users."""
+    order: dict[Value, None] = {}
+
+    def visit(value: Value) -> None:
+        if value in order:
+            return
+        if value.op in POINTWISE or value.op == "bcast":
+            for a in value.args:
+                visit(a)
+        order[value] = None
+
+    visit(root)
+    return list(order)
+
+
+def _weight_operand(view: SemanticView, linear: Value, w: Node) -> tuple[Node, bool] | str:
+    """(the node to read a weight from, whether it is stored [in, out]), from the strides of the product's operand."""
+    k, n = w.meta["val"].shape[-2:]
+    along_k, along_n = (extent(s) for s in w.meta["val"].stride()[-2:])
+    wanted = (extent(n), extent(k)) if along_k == 1 else (extent(k), extent(n))
+    if 1 not in (along_k, along_n):
+        return "a weight is strided in both axes; make it contiguous"
+    held = view.nodes(linear.args[1]) if along_k == 1 and not linear.attr("kn") else [w]
+    for node in held:
+        value = node.meta["val"]
+        if value.dtype == w.meta["val"].dtype and shape_of(node) == wanted and extent(value.stride()[-1]) == 1:
+            return node, along_k != 1
+    return "a weight's storage could not be found as a matrix; make it contiguous"
+
+
+def _folded_norm(
+    view: SemanticView, x: Value, x_node: Node, k: object
+) -> tuple[RowNorm, tuple[Node, ...], Node] | None:
+    """The norm that produces x, the nodes to read its input, weight and bias from, and the node that holds its result."""
+    if x.op not in NORMS or x.attr("size") != k:
+        return None
+    dtype = x_node.meta["val"].dtype
+    operands = []
+    for position, value in enumerate(x.args):
+        nodes = view.nodes(value)
+        # the rows must come in the matmul's own dtype: that is what the kernel was made for
+        node = next((n for n in nodes if position > 0 or n.meta["val"].dtype == dtype), None)
+        if node is None or (position > 0 and shape_of(node)[-1:] != (k,)):
+            return None
+        operands.append(node)
+    result = next(n for n in view.nodes(x) if n.meta["val"].dtype == dtype)
+    kind = "rms" if x.op == "rms_norm" else "layer"
+    norm = RowNorm(kind, x.attr("eps"), len(x.args) > 1, len(x.args) > 2, x.attr("offset"))  # type: ignore[arg-type]
+    return norm, tuple(operands), result
+
+
+def _epilogue(
+    view: SemanticView, value: Value, linears: list[Value], extras: list[tuple[Extra, Node]], memo: dict[Value, Value]
+) -> Value | str:
+    """`value` rewritten over acc(i) and extra(j); extras found on the way are appended."""
+    algebra = view.algebra
+    if value in memo:
+        return memo[value]
+    if value.op == "linear":
+        result = algebra.make("acc", index=linears.index(value))
+    elif value.op == "const":
+        return value
+    elif not any(v.op == "linear" for v in _until_linear(value)):
+        extra = _extra(view, value)
+        if isinstance(extra, str):
+            return extra
+        extras.append(extra)
+        result = algebra.make("extra", index=len(extras) - 1)
+    elif value.op == "bcast":
+        return "a product is repeated along an axis after the matmul"
+    else:
+        args = []
+        for a in value.args:
+            inner = _epilogue(view, a, linears, extras, memo)
+            if isinstance(inner, str):
+                return inner
+            args.append(inner)
+        result = algebra.make(value.op, *args, **dict(value.attrs))
+    memo[value] = result
+    return result
+
+
+def _extra(view: SemanticView, value: Value) -> tuple[Extra, Node] | str:
+    kind, inner = "full", value
+    if value.op == "bcast":
+        found = _EXTRA_KINDS.get(tuple(kept for _, kept in value.attr("groups")))
+        if found is None:
+            return "a tensor is repeated along more than rows or columns in the epilogue"
+        kind, inner = found, value.args[0]
+    nodes = view.nodes(inner)
+    if not nodes:
+        return f"an operand of the epilogue ({inner.op}) is not a tensor of its own in the graph"
+    return Extra(kind, nodes[0].meta["val"].dtype), nodes[0]  # type: ignore[arg-type]

@@ -1,0 +1,46 @@
+"""Regions of an FX graph: what lies between the operands of a fused op and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch.fx import Node
+
+from .algebra import Value
+from .semantics import SemanticView
+
+
+def interior_between(output: Node, operands: Iterable[Node]) -> tuple[Node, ...]:
+    """The nodes from which `output` is computed, back to but without `operands`; in graph order, `output` last.
+
+    Nodes without inputs (constants) belong to nobody and are left out.
+    """
+    border, inside, stack = set(operands), set(), [output]
+    while stack:
+        node = stack.pop()
+        if node in border or node in inside or not node.all_input_nodes:
+            continue
+        inside.add(node)
+        stack.extend(node.all_input_nodes)
+    return tuple(sorted(inside))
+
+
+def outputs_of(view: SemanticView, value: Value) -> Sequence[Node]:
+    """The nodes at which a fused op computing `value` may stand.
+
+    A value is held by a chain of views and casts. The fused op replaces the first of it, or the last cast that
+    alone reads what is before it, so that the kernel writes the dtype that is really wanted.
+    """
+    found = []
+    for node in view.nodes(value):
+        if any(view.value(i) is value for i in node.all_input_nodes):
+            continue
+        last = step = node
+        while len(step.users) == 1:
+            step = next(iter(step.users))
+            if view.value(step) is not value:
+                break
+            if step.meta["val"].dtype != last.meta["val"].dtype:
+                last = step
+        found.append(last)
+    return found
