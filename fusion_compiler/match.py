@@ -11,7 +11,7 @@ from .fused import FusedOp, MatmulFamily, Site
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from .pattern import Pattern
+    from .pattern import AnyPattern
     from .semantics import SemanticView
 
 
@@ -41,7 +41,7 @@ class NearMiss:
     reason: str
 
 
-def find_all(view: SemanticView, patterns: Iterable[Pattern]) -> tuple[list[Match], list[NearMiss]]:
+def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[Match], list[NearMiss]]:
     """What every pattern found and almost found in a graph."""
     matches: list[Match] = []
     near_misses: list[NearMiss] = []

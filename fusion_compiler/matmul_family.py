@@ -15,7 +15,7 @@ from .algebra import POINTWISE, Value
 from .fused import Extra, MatmulFamily, RowNorm, Site
 from .norms import NORMS
 from .semantics import SemanticView, extent, shape_of
-from .sites import interior_between
+from .sites import interior_between, site_of
 
 _EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
 
@@ -75,21 +75,10 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     folded = _folded_norm(view, x_value, x_node, extent(k))
     if folded is not None:
         norm, head, normalised = folded
-        interior = interior_between(output, (*head, *tail))
         prologue = interior_between(normalised, head)
-        families.append(Family(replace(op, norm=norm), _site(output, (*head, *tail), interior, prologue), prologue))
-    interior = interior_between(output, (x_node, *tail))
-    families.append(Family(op, _site(output, (x_node, *tail), interior, ())))
+        families.append(Family(replace(op, norm=norm), site_of(output, (*head, *tail)), prologue))
+    families.append(Family(op, site_of(output, (x_node, *tail))))
     return families
-
-
-def _site(output: Node, operands: tuple[Node, ...], interior: tuple[Node, ...], prologue: tuple[Node, ...]) -> Site:
-    inside = set(interior)
-    escaping = tuple(
-        node for node in interior
-        if node is not output and node not in prologue and any(u not in inside for u in node.users)
-    )  # fmt: skip
-    return Site(operands, output, interior, escaping)
 
 
 def _count(shape: tuple[object, ...]) -> object:

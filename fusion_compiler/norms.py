@@ -107,7 +107,7 @@ def _centred(value: Value) -> tuple[Value | None, Value]:
 def _divide(factors: list[Value], x: Value) -> list[Value] | None:
     """`factors` without those of x, or None."""
     left = list(factors)
-    for wanted in x.args if x.op == "mul" else (x,):
+    for wanted in x.args if x.op == "mul" and x not in left else (x,):
         if wanted not in left:
             return None
         left.remove(wanted)

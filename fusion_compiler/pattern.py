@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -94,17 +94,19 @@ class Pattern:
 
     def find(self, view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
         """Every place where the pattern stands in a graph, and every place where most of it does."""
-        matches: list[Match] = []
-        near_misses: list[NearMiss] = []
+        matched: dict[Value, list[Match]] = {}
+        missed: list[tuple[Value, NearMiss]] = []
         for value in view.values():
             variants = [v for v in self.variants if v.root.op == value.op]
             for output in outputs_of(view, value) if variants else ():
                 found = self._at(view, value, output, variants)
                 if isinstance(found, Match):
-                    matches.append(found)
+                    matched.setdefault(value, []).append(found)
                 elif isinstance(found, NearMiss):
-                    near_misses.append(found)
-        return matches, near_misses
+                    missed.append((value, found))
+        # what fails one step above a match (the residual added to a linear that matched) is no near miss
+        near_misses = [n for value, n in missed if not any(a in matched for a in value.args)]
+        return [m for found in matched.values() for m in found], near_misses
 
     def _at(self, view: SemanticView, value: Value, output: Any, variants: Sequence[Variant]) -> Match | NearMiss | None:
         shape = output.meta["val"].shape
@@ -122,8 +124,7 @@ class Pattern:
         if closest is None:
             return None
         node = next(iter(view.nodes(closest.found)), output)
-        reason = f"{describe(closest.wanted)} was expected here, and this is {describe(closest.found)}"
-        return NearMiss(self.name, node, reason)
+        return NearMiss(self.name, node, closest.reason)
 
     def _matched(self, view: SemanticView, value: Value, output: Any) -> Match | NearMiss:
         families = matmul_family.build(view, value, output)
@@ -142,6 +143,32 @@ class Pattern:
         first, *others = legal
         alternatives = tuple((f.op, f.site) for f in others)
         return Match(self.name, first.op, first.site, alternatives, first.prologue)
+
+
+@dataclass(frozen=True)
+class RecognisedPattern:
+    """A pattern that code of its own looks for, where one function cannot say what all may vary.
+
+    `function` is one spelling of it, which the examples run where they bring no other.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    find: Callable[[SemanticView], tuple[list[Match], list[NearMiss]]]
+    examples: tuple[Example, ...] = field(default=(), compare=False)
+
+
+class AnyPattern(Protocol):
+    """What the compiler asks of a pattern, declared or recognised."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def function(self) -> Callable[..., Any]: ...
+    @property
+    def examples(self) -> tuple[Example, ...]: ...
+    @property
+    def find(self) -> Callable[[SemanticView], tuple[list[Match], list[NearMiss]]]: ...
 
 
 def pattern(
@@ -181,17 +208,3 @@ def _raise(function: Callable[..., Any], arguments: dict[str, Any]) -> Variant:
     root = view.value(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
     return Variant(root, parameters)
 
-
-_NAMES = {
-    "add": "a sum", "mul": "a product", "linear": "a linear", "rms_norm": "an RMSNorm", "layer_norm": "a LayerNorm",
-    "const": "a number", "pow": "a power", "bcast": "a repeated tensor", "silu": "SiLU", "gelu_erf": "GELU",
-    "gelu_tanh": "tanh GELU", "relu": "ReLU", "permute": "a transpose", "slice": "a slice",
-}  # fmt: skip
-
-
-def describe(value: Value) -> str:
-    """A value in a few words, for a sentence."""
-    if value.op == "leaf":
-        node = value.attr("node")
-        return f"the input `{node.name}`" if node.op == "placeholder" else f"`{node.target}`"
-    return _NAMES.get(value.op, value.op)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch.fx import Node
 
 from .algebra import Value
+from .fused import Site
 from .semantics import SemanticView
 
 
@@ -23,6 +24,18 @@ def interior_between(output: Node, operands: Iterable[Node]) -> tuple[Node, ...]
         inside.add(node)
         stack.extend(node.all_input_nodes)
     return tuple(sorted(inside))
+
+
+def site_of(output: Node, operands: tuple[Node, ...]) -> Site:
+    """The site of a fused op: its interior, and what of it stays because somebody outside reads it or needs it."""
+    interior = interior_between(output, operands)
+    inside = set(interior)
+    staying: set[Node] = set()
+    for node in reversed(interior):
+        read_outside = any(u not in inside or u in staying for u in node.users)
+        if node is not output and read_outside:
+            staying.add(node)
+    return Site(operands, output, interior, tuple(n for n in interior if n in staying))
 
 
 def outputs_of(view: SemanticView, value: Value) -> Sequence[Node]:

@@ -24,6 +24,7 @@ class Furthest:
     matched: tuple[Value, ...]
     wanted: Value
     found: Value
+    reason: str
 
     @property
     def depth(self) -> int:
@@ -51,7 +52,7 @@ class Unifier:
             if value.op == "const":
                 return self._fail(pattern, value)
             bound = self._bound.setdefault(pattern, value)
-            return bound is value or self._fail(pattern, value)
+            return bound is value or self._fail(pattern, value, bound)
         if pattern.op == "const":
             close = value.op == "const" and math.isclose(pattern.attr("value"), value.attr("value"), rel_tol=1e-4)
             return close or self._fail(pattern, value)
@@ -87,10 +88,14 @@ class Unifier:
             self._bound = bound
         return False
 
-    def _fail(self, wanted: Value, found: Value) -> bool:
-        depth = len(self._matched)
-        if self.furthest is None or depth > self.furthest.depth:
-            self.furthest = Furthest(tuple(self._matched), wanted, found)
+    def _fail(self, wanted: Value, found: Value, bound: Value | None = None) -> bool:
+        if self.furthest is None or len(self._matched) > self.furthest.depth:
+            if bound is not None:
+                name = self._parameters[wanted]
+                reason = f"`{name}` is {describe(bound)} in one place and {describe(found)} here; it must be the same tensor"
+            else:
+                reason = f"{describe(wanted)} was expected here, and this is {describe(found)}"
+            self.furthest = Furthest(tuple(self._matched), wanted, found, reason)
         return False
 
 
@@ -112,10 +117,26 @@ def is_telling(reached: Furthest) -> bool:
     place of a norm reduces its rows as a norm does."""
     if any(v.op not in _COMMON for v in reached.matched):
         return True
-    wants_norm = reached.wanted.op in _NORMS
-    return wants_norm and any(v.op in _REDUCTIONS | _NORMS for v in reached.found.walk() if _near(reached.found, v))
+    return reached.wanted.op in _NORMS and _reduces(reached.found)
 
 
-def _near(top: Value, value: Value, steps: int = 4) -> bool:
-    """Whether `value` lies within a few operations below `top`."""
-    return top is value or (steps > 0 and any(_near(a, value, steps - 1) for a in top.args))
+def _reduces(value: Value, steps: int = 5) -> bool:
+    """Whether `value` is arithmetic on a row statistic, as every norm is."""
+    if value.op in _REDUCTIONS | _NORMS:
+        return True
+    return steps > 0 and value.op in ("add", "mul", "pow", "bcast", "cast") and any(_reduces(a, steps - 1) for a in value.args)
+
+
+_NAMES = {
+    "add": "a sum", "mul": "a product", "linear": "a linear", "rms_norm": "an RMSNorm", "layer_norm": "a LayerNorm",
+    "const": "a number", "pow": "a power", "bcast": "a repeated tensor", "silu": "SiLU", "gelu_erf": "GELU",
+    "gelu_tanh": "tanh GELU", "relu": "ReLU", "permute": "a transpose", "slice": "a slice",
+}  # fmt: skip
+
+
+def describe(value: Value) -> str:
+    """A value in a few words, for a sentence."""
+    if value.op == "leaf":
+        node = value.attr("node")
+        return f"the input `{node.name}`" if node.op == "placeholder" else f"`{node.target}`"
+    return _NAMES.get(value.op, value.op)

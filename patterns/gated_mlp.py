@@ -40,7 +40,7 @@ def _behind_a_norm(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor, b_up
         Example(_tensors),
         Example(lambda: _tensors(1)),
         Example(_tensors, _behind_a_norm),
-        Example(_tensors, _two_inputs, refused="different inputs"),
+        Example(_tensors, _two_inputs, refused="must be the same tensor"),
     ],
 )
 def gated_mlp(

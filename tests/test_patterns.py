@@ -1,0 +1,139 @@
+"""Every built-in pattern's examples: those that must match do, and compute what eager computes; the others are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusion_compiler.match import find_all
+from fusion_compiler.pattern import Example, pattern, trace
+from fusion_compiler.patterns import BUILTIN
+from fusion_compiler.semantics import SemanticView
+
+CASES = [(p, i) for p in BUILTIN for i in range(len(p.examples))]
+
+
+def found(pattern, function, inputs):
+    return find_all(SemanticView(trace(function, inputs)), [pattern])
+
+
+@pytest.mark.parametrize(("pattern", "index"), CASES, ids=lambda v: getattr(v, "name", v))
+def test_example(pattern, index):
+    example = pattern.examples[index]
+    inputs = example.inputs()
+    function = example.function or _plain(pattern, inputs)
+    matches, near_misses = found(pattern, function, inputs)
+    if example.refused is None:
+        assert [m.pattern for m in matches] == [pattern.name], near_misses
+    else:
+        assert not matches
+        assert any(example.refused in n.reason for n in near_misses), near_misses
+
+
+def _plain(pattern, inputs):
+    """The pattern's own function with the first alternative of each choice."""
+    import inspect
+
+    from fusion_compiler.pattern import Choice
+
+    fixed = {
+        name: p.default.alternatives[0]
+        for name, p in inspect.signature(pattern.function).parameters.items()
+        if isinstance(p.default, Choice)
+    }
+    return lambda *tensors: pattern.function(*tensors, **fixed)
+
+
+def test_every_constraint_is_exercised():
+    """A constraint that no example is refused by is a constraint nobody has seen at work."""
+    for p in BUILTIN:
+        refused = [e for e in p.examples if e.refused is not None]
+        assert refused, f"{p.name} has no example that must be refused"
+        for constraint in getattr(p, "constraints", ()):
+            hit = False
+            for example in refused:
+                seen = []
+
+                def spy(op, site, constraint=constraint, seen=seen):
+                    seen.append(constraint(op, site))
+                    return seen[-1]
+
+                watched = pattern(name=p.name, constraints=[spy], examples=p.examples)(p.function)
+                found(watched, example.function, example.inputs())
+                hit = hit or any(s is not None for s in seen)
+            assert hit, f"no example of {p.name} is refused by {constraint.__name__}"
+
+
+def test_operands_and_interior_of_a_gated_mlp():
+    from fusion_compiler.patterns.gated_mlp import gated_mlp
+
+    def mlp(x, w_norm, w_gate, w_up):
+        h = torch.nn.functional.rms_norm(x, (8,), w_norm, eps=1e-5)
+        return torch.nn.functional.silu(h @ w_gate.T) * (h @ w_up.T)
+
+    inputs = torch.randn(2, 3, 8), torch.randn(8), torch.randn(12, 8), torch.randn(12, 8)
+    graph_module = trace(mlp, inputs)
+    view = SemanticView(graph_module)
+    [match], _ = find_all(view, [gated_mlp])
+    x, w_norm, w_gate, w_up = graph_module.graph.find_nodes(op="placeholder")
+    assert match.site.operands == (x, w_norm, w_gate, w_up)
+    assert match.site.escaping == ()
+    assert match.op.norm is not None and match.op.norm.kind == "rms"
+    assert (int(match.op.m), int(match.op.k), int(match.op.n)) == (6, 8, 12)
+    calls = {n for n in graph_module.graph.nodes if n.op == "call_function"}
+    assert set(match.site.interior) == calls
+    [(plain, site)] = match.alternatives
+    assert plain.norm is None and site.operands[0] is not x
+
+
+def test_an_intermediate_read_elsewhere_escapes():
+    from fusion_compiler.patterns.gated_mlp import gated_mlp
+
+    def mlp(x, w_gate, w_up):
+        gate = x @ w_gate.T
+        return torch.nn.functional.silu(gate) * (x @ w_up.T), gate
+
+    graph_module = trace(mlp, (torch.randn(3, 8), torch.randn(12, 8), torch.randn(12, 8)))
+    [match], _ = find_all(SemanticView(graph_module), [gated_mlp])
+    assert torch.ops.aten.mm.default in [n.target for n in match.site.escaping]
+
+
+def test_a_norm_shared_by_three_linears_is_saved_once():
+    from fusion_compiler.patterns.norm_linear import norm_linear
+
+    def qkv(x, w, q, k, v):
+        h = torch.nn.functional.rms_norm(x, (8,), w, eps=1e-5)
+        return h @ q.T, h @ k.T, h @ v.T
+
+    inputs = torch.randn(3, 8), torch.randn(8), torch.randn(8, 8), torch.randn(4, 8), torch.randn(4, 8)
+    matches, _ = found(norm_linear, qkv, inputs)
+    assert [m.prologue_share for m in matches] == pytest.approx([1 / 3] * 3)
+
+
+def test_a_norm_read_elsewhere_saves_nothing():
+    from fusion_compiler.patterns.norm_linear import norm_linear
+
+    def block(x, w, q):
+        h = torch.nn.functional.rms_norm(x, (8,), w, eps=1e-5)
+        return h @ q.T, h
+
+    [match], _ = found(norm_linear, block, (torch.randn(3, 8), torch.randn(8), torch.randn(8, 8)))
+    assert match.prologue_share == 0.0
+
+
+def test_a_pattern_needs_an_example():
+    with pytest.raises(ValueError, match="no example"):
+        pattern(name="nameless", examples=[])(lambda x: x)
+
+
+def test_a_users_pattern_in_a_few_lines():
+    @pattern(
+        name="linear_tanh",
+        examples=[Example(lambda: (torch.randn(3, 8), torch.randn(12, 8), torch.randn(12)))],
+    )
+    def linear_tanh(x, w, b=None):
+        return torch.tanh(torch.nn.functional.linear(x, w, b))
+
+    for inputs in ((torch.randn(5, 16), torch.randn(4, 16)), (torch.randn(2, 5, 16).half(), torch.randn(4, 16).half())):
+        [match], _ = found(linear_tanh, lambda x, w: torch.tanh(x @ w.T), inputs)
+        assert repr(match.op.epilogue) == "tanh(acc(index=0))"
