@@ -14,7 +14,7 @@ from torch.fx import Node
 from .algebra import POINTWISE, Value
 from .fused import Extra, MatmulFamily, RowNorm, Site
 from .norms import NORMS
-from .semantics import SemanticView, extent, shape_of
+from .semantics import Product, SemanticView, extent, shape_of
 from .sites import interior_between, site_of
 
 _EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
@@ -41,18 +41,19 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     if len(inputs) > 1:
         return "its linears read different inputs; only linears of one and the same input share a kernel"
     products = [view.products(v)[0] for v in linears]
-    _, x_node, w_node = products[0]
-    dtype = w_node.meta["val"].dtype
+    x_node = products[0].x
+    dtype = x_node.meta["val"].dtype
     m, k = x_node.meta["val"].shape[-2:]
-    n = w_node.meta["val"].shape[-1]
-    if any(extent(w.meta["val"].shape[-1]) != extent(n) for _, _, w in products):
+    first, end = products[0].features
+    n = end - first
+    if any(p.features[1] - p.features[0] != n for p in products):
         return "its linears have different numbers of output features, so their products cannot be combined"
     if _count(shape_of(output)) != _count((extent(m), extent(n))):
         return "the result is not one value per row and output feature"
 
     weights, layouts = [], set()
-    for value, (_, _, w) in zip(linears, products, strict=True):
-        operand = _weight_operand(view, value, w)
+    for product in products:
+        operand = _weight_operand(view, product)
         if isinstance(operand, str):
             return operand
         weights.append(operand[0])
@@ -69,6 +70,7 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     op = MatmulFamily(
         m=m, k=k, n=n, weights=len(weights), norm=None, epilogue=epilogue, extras=tuple(e for e, _ in extras),
         dtype=dtype, out_dtype=output.meta["val"].dtype, weight_is_kn=layouts.pop(),
+        features=tuple(p.features[0] for p in products) if any(_is_part(p) for p in products) else (),
     )  # fmt: skip
     tail = (*weights, *(n for _, n in extras))
     families = []
@@ -104,18 +106,33 @@ def _until_linear(root: Value) -> list[Value]:
     return list(order)
 
 
-def _weight_operand(view: SemanticView, linear: Value, w: Node) -> tuple[Node, bool] | str:
+def is_piece(view: SemanticView, root: Value) -> bool:
+    """Whether `root` is computed from one piece of a packed linear alone, such as q out of a packed q|k|v."""
+    linears = [v for v in _until_linear(root) if v.op == "linear"]
+    return len(linears) == 1 and _is_part(view.products(linears[0])[0])
+
+
+def _is_part(product: Product) -> bool:
+    return product.features != (0, extent(product.weight.meta["val"].shape[-1]))
+
+
+def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] | str:
     """(the node to read a weight from, whether it is stored [in, out]), from the strides of the product's operand."""
-    k, n = w.meta["val"].shape[-2:]
+    w = product.weight
+    k, n = (extent(s) for s in w.meta["val"].shape[-2:])
     along_k, along_n = (extent(s) for s in w.meta["val"].stride()[-2:])
-    wanted = (extent(n), extent(k)) if along_k == 1 else (extent(k), extent(n))
-    if 1 not in (along_k, along_n):
+    if along_k == 1 and along_n != 1:
+        stored = view.value(w)
+        held = view.nodes(stored.args[0]) if stored.op == "permute" else ()
+        wanted = (n, k)
+    elif along_n == 1:
+        held, wanted = [w], (k, n)
+    else:
         return "a weight is strided in both axes; make it contiguous"
-    held = view.nodes(linear.args[1]) if along_k == 1 and not linear.attr("kn") else [w]
     for node in held:
         value = node.meta["val"]
-        if value.dtype == w.meta["val"].dtype and shape_of(node) == wanted and extent(value.stride()[-1]) == 1:
-            return node, along_k != 1
+        if value.dtype == w.meta["val"].dtype and shape_of(node)[-2:] == wanted and extent(value.stride()[-1]) == 1:
+            return node, wanted == (k, n)
     return "a weight's storage could not be found as a matrix; make it contiguous"
 
 

@@ -126,7 +126,9 @@ class Pattern:
         node = next(iter(view.nodes(closest.found)), output)
         return NearMiss(self.name, node, closest.reason)
 
-    def _matched(self, view: SemanticView, value: Value, output: Any) -> Match | NearMiss:
+    def _matched(self, view: SemanticView, value: Value, output: Any) -> Match | NearMiss | None:
+        if matmul_family.is_piece(view, value):
+            return None  # the packed linear that it is a piece of is looked at as a whole
         families = matmul_family.build(view, value, output)
         if isinstance(families, str):
             return NearMiss(self.name, output, families)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +64,17 @@ def broadcast_groups(shape: Sequence[Any], out: Sequence[Any]) -> Groups | None:
     return tuple(groups)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A node (mm, addmm, or bmm over one batch) that multiplies `x` with `weight` [K, N]; a linear made of part of its
+    outputs has fewer `features` (first, end) than the weight has columns."""
+
+    node: Node
+    x: Node
+    weight: Node
+    features: tuple[int, int]
+
+
 class SemanticView:
     """The values of one graph's nodes."""
 
@@ -71,7 +83,7 @@ class SemanticView:
         self.algebra = Algebra()
         self._value: dict[Node, Value] = {}
         self._nodes: dict[int, list[Node]] = {}
-        self._products: dict[int, list[tuple[Node, Node, Node]]] = {}
+        self._products: dict[int, list[Product]] = {}
         for node in graph_module.graph.nodes:
             value = self._raise(node)
             self._value[node] = value
@@ -84,8 +96,8 @@ class SemanticView:
         """The nodes that hold `value`, in graph order; none for values that only arose by normalising."""
         return self._nodes.get(id(value), ())
 
-    def products(self, linear: Value) -> Sequence[tuple[Node, Node, Node]]:
-        """(product, x, w) of the nodes that compute a `linear` value: mm, addmm, or bmm over one batch."""
+    def products(self, linear: Value) -> Sequence[Product]:
+        """Where a `linear` value is computed."""
         return self._products.get(id(linear), ())
 
     def values(self) -> Iterator[Value]:
@@ -203,13 +215,54 @@ def _permute(view: SemanticView, node: Node) -> Value | None:
 def _slice(view: SemanticView, node: Node) -> Value | None:
     source: Any = node.args[0]
     dim, start, end, step = (*node.args[1:], *(0, 0, 2**63 - 1, 1)[len(node.args) - 1 :])
-    if any(isinstance(v, (Node, torch.SymInt)) for v in (start, end, step)):
-        return None
     shape = shape_of(source)
     if shape_of(node) == shape:
         return view.value(source)
-    dim = dim % len(shape)  # type: ignore[operator]
-    return view.algebra.make("slice", view.value(source), dim=dim, shape=shape, start=start, end=end, step=step)
+    if not all(isinstance(v, int) for v in (dim, start, end, step, shape[dim])) or step != 1:  # type: ignore[index]
+        return None
+    size = shape[dim]  # type: ignore[index]
+    start = start % size if start < 0 else start  # type: ignore[operator]
+    end = end % size if end < 0 else min(end, size)  # type: ignore[operator, type-var]
+    return _part(view, source, dim % len(shape), start, end)  # type: ignore[operator, arg-type]
+
+
+def _part(view: SemanticView, source: Node, dim: int, start: int, end: int) -> Value:
+    """Elements start … end−1 of one axis. Part of a linear's outputs is a linear with part of its weight."""
+    shape = shape_of(source)
+    value = view.value(source)
+    if dim == len(shape) - 1:
+        linear, bias = (value, None) if value.op == "linear" else _linear_and_bias(value)
+        if linear is not None:
+            part = _output_features(view, linear, start, end)
+            if bias is None:
+                return part
+            groups = tuple((end - start if kept else size, kept) for size, kept in bias.attr("groups"))
+            held = view.algebra.make("slice", bias.args[0], dim=0, shape=(shape[-1],), start=start, end=end)
+            return view.algebra.add(part, view.algebra.bcast(held, groups))
+    return view.algebra.make("slice", value, dim=dim, shape=shape, start=start, end=end)
+
+
+def _linear_and_bias(value: Value) -> tuple[Value | None, Value | None]:
+    """(linear, bias) of `linear + bias` with the bias repeated along the rows, else (None, None)."""
+    if value.op == "add" and len(value.args) == 2:
+        for linear, bias in (value.args, value.args[::-1]):
+            if linear.op == "linear" and bias.op == "bcast" and [k for _, k in bias.attr("groups")] == [False, True]:
+                return linear, bias
+    return None, None
+
+
+def _output_features(view: SemanticView, linear: Value, start: int, end: int) -> Value:
+    """The linear that gives features start … end−1 of `linear`."""
+    x, weight = linear.args
+    stored = view.products(linear)[0].weight.meta["val"]
+    k, n = (extent(s) for s in stored.shape[-2:])
+    kn = linear.attr("kn")
+    shape, dim = ((k, n), 1) if kn else ((n, k), 0)
+    part = view.algebra.make("slice", weight, dim=dim, shape=shape, start=start, end=end)
+    value = view.algebra.make("linear", x, part, kn=kn)
+    known = view._products.setdefault(id(value), [])
+    known += [Product(p.node, p.x, p.weight, (p.features[0] + start, p.features[0] + end)) for p in view.products(linear)]
+    return value
 
 
 @_rule(aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
@@ -373,6 +426,8 @@ def _var(view: SemanticView, node: Node) -> Value | None:
 def _getitem(view: SemanticView, node: Node) -> Value | None:
     source, index = node.args
     assert isinstance(source, Node)
+    if source.target in (aten.split_with_sizes.default, aten.split.Tensor):
+        return _split_part(view, source, index)  # type: ignore[arg-type]
     if source.target is aten.var_mean.correction:
         if index == 0 and source.kwargs.get("correction", 1) != 0:
             return None
@@ -382,6 +437,21 @@ def _getitem(view: SemanticView, node: Node) -> Value | None:
     return None
 
 
+
+
+def _split_part(view: SemanticView, split: Node, index: int) -> Value | None:
+    source: Any = split.args[0]
+    shape = shape_of(source)
+    dim: int = (split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)) % len(shape)  # type: ignore[operator, assignment]
+    sizes: Any = split.args[1]
+    if not isinstance(shape[dim], int):
+        return None
+    if isinstance(sizes, int):
+        sizes = [min(sizes, shape[dim] - at) for at in range(0, shape[dim], sizes)]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    start = sum(sizes[:index])
+    return _part(view, source, dim, start, start + sizes[index])
 
 
 # ---- matrix products ---------------------------------------------------------------------------
@@ -416,5 +486,5 @@ def _linear(view: SemanticView, node: Node, x: Any, w: Any) -> Value | None:
     if weight.op == "permute" and weight.attr("order") == (1, 0):
         weight, kn = weight.args[0], False
     value = view.algebra.make("linear", view.value(x), weight, kn=kn)
-    view._products.setdefault(id(value), []).append((node, x, w))
+    view._products.setdefault(id(value), []).append(Product(node, x, w, (0, shape_of(w)[-1])))
     return value

@@ -137,3 +137,24 @@ def test_a_users_pattern_in_a_few_lines():
     for inputs in ((torch.randn(5, 16), torch.randn(4, 16)), (torch.randn(2, 5, 16).half(), torch.randn(4, 16).half())):
         [match], _ = found(linear_tanh, lambda x, w: torch.tanh(x @ w.T), inputs)
         assert repr(match.op.epilogue) == "tanh(acc(index=0))"
+
+
+@pytest.mark.parametrize("split", ["chunk", "split", "slices"])
+def test_a_packed_gate_and_up_is_read_in_place(split):
+    from fusion_compiler.patterns.gated_mlp import gated_mlp
+
+    def mlp(x, packed):
+        both = x @ packed.T
+        if split == "slices":
+            gate, up = both[..., :12], both[..., 12:]
+        else:
+            gate, up = both.chunk(2, dim=-1) if split == "chunk" else both.split(12, dim=-1)
+        return up * torch.nn.functional.silu(gate)
+
+    graph_module = trace(mlp, (torch.randn(2, 3, 8), torch.randn(24, 8)))
+    [match], _ = find_all(SemanticView(graph_module), [gated_mlp])
+    _, packed = graph_module.graph.find_nodes(op="placeholder")
+    assert match.site.operands[1:] == (packed, packed)
+    assert sorted(match.op.features) == [0, 12] and int(match.op.n) == 12
+    gate = next(v for v in match.op.epilogue.walk() if v.op == "silu").args[0].attr("index")
+    assert match.op.features[gate] == 0
