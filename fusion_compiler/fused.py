@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import sympy
 import torch
 
 from .algebra import Value
@@ -57,6 +58,9 @@ class MatmulFamily:
     `epilogue` is a `Value` over the leaves `acc(index=i)` (the i-th product, float32) and
     `extra(index=j)`; plain linear has `acc(index=0)` itself. A linear's bias is a "col" extra.
 
+    A weight may be part of a larger stored one (a packed gate|up): `features` then gives, per weight, the first of the
+    N output features to take from its operand. Empty where every operand is the whole weight.
+
     Operands of a site, in this order: x, [norm weight], [norm bias], w_0, w_1, …, extras….
     """
 
@@ -70,6 +74,7 @@ class MatmulFamily:
     dtype: torch.dtype  # of x and the weights
     out_dtype: torch.dtype
     weight_is_kn: bool = False
+    features: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,17 +82,37 @@ class Mask:
     """What is known about which keys a query may see, beyond the bounds of the tensors.
 
     none:    every key.
-    causal:  key j is visible to query i iff j <= i + offset. `offset` is 0 for top-left causal (torch's
-             `is_causal`); a number or None where it comes from a tensor, then `length` is set.
-    length:  one query row per batch entry sees keys j <= position, read from a device-side integer scalar.
-             (static-cache decode). The scalar is the site's operand named "position".
-    tensor:  an additive or boolean tensor, operand "mask" (True = visible).
+    causal:  query i sees keys j <= i + offset (+ position). Offset 0 without position is top-left causal, torch's `is_causal`.
+    length:  every query sees keys j <= offset (+ position): static-cache decode.
+    tensor:  what the mask tensor says.
+
+    `position` tells that a device-side integer scalar is added to the offset: the site's operand of that name. Unless the
+    kind is none or causal without a position, the mask is also there as a tensor operand that says the same.
     """
 
     kind: Literal["none", "causal", "length", "tensor"]
-    offset: Size = 0
+    offset: Size | sympy.Expr = 0
     window: int | None = None  # sliding window: also j > i + offset − window
+    position: bool = False
+    tensor: Literal["none", "additive", "visible", "hidden"] = "none"  # mask operand: added, or True = visible, hidden
+    empty_rows: Literal["none", "mean", "nan", "zero"] = "nan"  # rows that see no key: proved that there is none, or what
+    # the graph gives for them (NaN too where that is not known)
     proof: str = ""  # a sentence: how the mask was recognised
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an operand becomes the tensor that its fused op documents, without a copy where strides allow.
+
+    reshape to `split`, permute by `order`, reshape to `merged`, expand to `shape`, cast to `dtype`; each step is left out
+    where it changes nothing.
+    """
+
+    split: tuple[Size, ...]
+    order: tuple[int, ...]
+    merged: tuple[Size, ...]
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,10 @@ class Attention:
 
     q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; query head h reads key head h // (H / Hkv).
     score = scale · q·k, then softcap·tanh(score / softcap) where softcap is set, then the mask.
-    Operands of a site, in this order: q, k, v, [mask tensor or position scalar].
+    Operands of a site, in this order: q, k, v, [mask tensor where mask.tensor is not "none"], [position scalar where
+    mask.position], [scale where scale_operand]. `layouts` brings q, k, v and the mask tensor into the shapes above (the
+    mask into one that broadcasts to [B, H, Lq, Lk]); `out` brings the result [B, H, Lq, Dv] into the shape of the
+    site's output.
     """
 
     batch: Size
@@ -109,7 +137,11 @@ class Attention:
     scale: float
     mask: Mask
     dtype: torch.dtype
+    layouts: tuple[Layout, ...]
+    out: Layout
     softcap: float | None = None
+    scale_operand: bool = False  # q·k is also multiplied with the site's last operand, a tensor of one element
+    vendor: str = ""  # the attention kernel that the graph already calls, if it does
 
 
 FusedOp = MatmulFamily | Attention

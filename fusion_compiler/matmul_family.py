@@ -15,7 +15,7 @@ from .algebra import POINTWISE, Value
 from .fused import Extra, MatmulFamily, RowNorm, Site
 from .norms import NORMS
 from .semantics import Product, SemanticView, extent, shape_of
-from .sites import interior_between, site_of
+from .sites import holding, interior_between, site_of
 
 _EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
 
@@ -77,9 +77,10 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     folded = _folded_norm(view, x_value, x_node, extent(k))
     if folded is not None:
         norm, head, normalised = folded
-        prologue = interior_between(normalised, head)
-        families.append(Family(replace(op, norm=norm), site_of(output, (*head, *tail)), prologue))
-    families.append(Family(op, site_of(output, (x_node, *tail))))
+        prologue = interior_between(normalised, holding(view, head))
+        families.append(Family(replace(op, norm=norm), site_of(view, output, (*head, *tail)), prologue))
+    rows = next(n for n in view.nodes(x_value) if n.meta["val"].dtype == dtype)
+    families.append(Family(op, site_of(view, output, (rows, *tail))))
     return families
 
 

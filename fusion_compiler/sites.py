@@ -11,12 +11,14 @@ from .fused import Site
 from .semantics import SemanticView
 
 
-def interior_between(output: Node, operands: Iterable[Node]) -> tuple[Node, ...]:
-    """The nodes from which `output` is computed, back to but without `operands`; in graph order, `output` last.
+def interior_between(output: Node, border: Iterable[Node]) -> tuple[Node, ...]:
+    """The nodes from which `output` is computed, back to but without `border`; in graph order, `output` last.
 
     Nodes without inputs (constants) belong to nobody and are left out.
     """
-    border, inside, stack = set(operands), set(), [output]
+    border = set(border) - {output}
+    inside: set[Node] = set()
+    stack = [output]
     while stack:
         node = stack.pop()
         if node in border or node in inside or not node.all_input_nodes:
@@ -26,14 +28,18 @@ def interior_between(output: Node, operands: Iterable[Node]) -> tuple[Node, ...]
     return tuple(sorted(inside))
 
 
-def site_of(output: Node, operands: tuple[Node, ...]) -> Site:
+def holding(view: SemanticView, nodes: Iterable[Node]) -> list[Node]:
+    """All nodes with the values of `nodes`: the views and casts of an operand are as good a border as the operand."""
+    return [same for node in nodes for same in view.nodes(view.value(node))]
+
+
+def site_of(view: SemanticView, output: Node, operands: tuple[Node, ...]) -> Site:
     """The site of a fused op: its interior, and what of it stays because somebody outside reads it or needs it."""
-    interior = interior_between(output, operands)
+    interior = interior_between(output, holding(view, operands))
     inside = set(interior)
     staying: set[Node] = set()
     for node in reversed(interior):
-        read_outside = any(u not in inside or u in staying for u in node.users)
-        if node is not output and read_outside:
+        if node is not output and any(u not in inside or u in staying for u in node.users):
             staying.add(node)
     return Site(operands, output, interior, tuple(n for n in interior if n in staying))
 

@@ -1,0 +1,339 @@
+"""Finds attention: softmax(scores of q and k) · v, in whatever shapes, orders and repeats it is written.
+
+Two contractions with a softmax between them are attention when every axis has its part (see attention_axes.py). k and v
+are then read without the repeats, whatever the order of the heads in the model. Attention operators that the graph
+already calls are read the same way, to find what they were not told: a causal mask, repeated heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from . import axes
+from .attention_axes import Geometry, NotAttention, Parts
+from .axes import Atom, View
+from .contraction import Contraction, Operand, contraction
+from .fused import Attention, Layout, Mask, Site, Size
+from .index_functions import Indexer
+from .masks import Extents, Proof, Term, prove
+from .match import Match, NearMiss
+from .scores import MaskSite, Obstacle, Scores, Softmax, scaled, scores, softmax
+from .sdpa_calls import Call, call
+
+PATTERN = "attention"
+
+
+def find_attention(gm: GraphModule) -> tuple[list[Match], list[NearMiss]]:
+    """Every attention of the graph, and what almost was one."""
+    finder = _Finder(gm)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+            continue
+        finder.visit(node)
+    return finder.matches, finder.near_misses
+
+
+class _Finder:
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.matches: list[Match] = []
+        self.near_misses: list[NearMiss] = []
+        self._indexer = Indexer()
+        self._proofs: dict[Any, Proof] = {}
+        self._sizes: dict[sympy.Expr, torch.SymInt] = {}
+        for node in gm.graph.nodes:
+            value = node.meta.get("val")
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                if isinstance(size, torch.SymInt):
+                    self._sizes.setdefault(size.node.expr, size)
+
+    def visit(self, node: Node) -> None:
+        try:
+            parts = self._parts(node)
+            if parts is not None:
+                self.matches.append(self._match(parts))
+        except NotAttention as why:
+            self.near_misses.append(NearMiss(PATTERN, why.node, why.reason))
+
+    # ---- the pieces -------------------------------------------------------------------------
+    def _parts(self, node: Node) -> Parts | None:
+        operator = call(node)
+        if operator is not None:
+            return self._of_call(operator)
+        found = softmax(node)
+        if found is None:
+            return None
+        products, strangers = _products(node)
+        changed = None if products else next((s for s in strangers if _leads_to_product(s)), None)
+        if not products and changed is None:
+            return None
+        above = scores(found.scores)
+        if found.factor != 1.0 and isinstance(above, Scores):
+            above = scaled(above, found.factor, node)
+        if isinstance(above, Obstacle):
+            raise NotAttention(
+                above.node, f"{above.node.name} stands between the scores and their softmax {node.name}: {above.reason}"
+            )
+        if changed is not None:
+            raise NotAttention(
+                changed,
+                f"{changed.name} changes the probabilities before they meet the values, as dropout does in training; "
+                "model.eval() turns dropout off",
+            )
+        if len(products) > 1 or strangers:
+            other = (strangers or products[1:])[0]
+            raise NotAttention(
+                node,
+                f"the probabilities {node.name} are also read by {other.name} (returned, or saved for a backward pass), so they "
+                "must be written out anyway; output_attentions=False and torch.no_grad() free them",
+            )
+        return self._of_softmax(found, above, products[0])
+
+    def _of_softmax(self, found: Softmax, above: Scores, product: Node) -> Parts:
+        first, second = above.contraction, cast(Contraction, contraction(product))
+        dim = above.view.dims[found.dim % len(above.view.dims)]
+        extents = axes.shape_of(first.node)
+        if len(dim) != 1 or dim[0].axis is None or not axes.same(dim[0].size, extents[dim[0].axis]):
+            raise NotAttention(found.node, f"the softmax {found.node.name} does not run over one axis of the scores")
+        keys = dim[0].axis
+        sides = (first.left, first.right)
+        varying = [s for s in sides if s.dims[keys] is not None]
+        if len(varying) != 1:
+            raise NotAttention(found.node, f"both factors of {first.node.name} vary along the axis of the softmax")
+        k = varying[0]
+        q = sides[1] if k is sides[0] else sides[0]
+        query_axes = [a for a in range(len(extents)) if q.dims[a] is not None and k.dims[a] is None]
+        p, v = second.left, second.right
+        view = _view_of(found.node, p.node)
+        if view is None:
+            p, v = v, p
+            view = _view_of(found.node, p.node)
+        if view is None:
+            raise NotAttention(product, f"{product.name} reads the probabilities across a view that mixes their axes")
+        over_scores = view.through(above.view)
+        if second.added is not None or second.scale != 1.0 or over_scores is None:
+            raise NotAttention(product, f"{product.name} does more than to multiply the probabilities with the values")
+        chain = (first.node, *_between(p.node, [first.node, *(m.node for m in above.masks), *above.factors]))
+        return Parts(
+            found.node, product, extents, keys, query_axes[0] if query_axes else None, q, k, v, p,
+            over_scores, above.scale, above.softcap, above.masks, total=found.total, chain=chain,
+            factors=above.factors,
+        )  # fmt: skip
+
+    def _of_call(self, found: Call) -> Parts:
+        if found.refusal:
+            raise NotAttention(found.node, found.refusal)
+        shape = axes.shape_of(found.q)
+        extents = (*shape[:3], axes.shape_of(found.k)[2])
+        q, k = Operand(found.q, (0, 1, 2, None), 3), Operand(found.k, (0, 1, None, 2), 3)
+        p, v = Operand(found.node, (0, 1, 2, None), 3), Operand(found.v, (0, 1, None, 3), 2)
+        scores_view = View(
+            found.node, tuple(() if n == 1 else (Atom(i, axes.ONE, n),) for i, n in enumerate(extents)), torch.float32
+        )
+        masks: tuple[MaskSite, ...] = ()
+        if found.mask is not None:
+            boolean = found.mask.meta["val"].dtype == torch.bool
+            masks = (MaskSite(found.mask, scores_view, additive=not boolean, fill=-math.inf),)
+        known = Mask("causal", empty_rows="none", proof="the graph says is_causal") if found.is_causal else None
+        return Parts(
+            found.node, found.output, extents, 3, 2, q, k, v, p, scores_view, found.scale, None, masks, known,
+            total=True, vendor=str(found.node.target),
+        )  # fmt: skip
+
+    # ---- the match --------------------------------------------------------------------------
+    def _match(self, parts: Parts) -> Match:
+        trails = [axes.trail(o.node, scaled=s) for o, s in ((parts.q, True), (parts.k, True), (parts.v, False))]
+        readable = [axes.unrepeated(t) for t in trails]
+        if any(axes.same(n, sympy.Integer(0)) for n in parts.extents):
+            raise NotAttention(parts.root, "a dimension of the scores is 0")
+        geometry = Geometry.of(parts, *(t[-1] for t in trails))
+        dtype = parts.v.node.meta["val"].dtype
+        wide = next((t[-1] for t in trails if not axes.widens(t[-1].source.meta["val"].dtype, dtype)), None)
+        if wide is not None:
+            raise NotAttention(
+                wide.source, f"{wide.source.name} is {wide.source.meta['val'].dtype}, wider than the values in {dtype}"
+            )
+        chosen = [self._operand(geometry, side, views, dtype) for side, views in zip("qkv", readable, strict=True)]
+        (q, q_layout, q_scale), (k, k_layout, k_scale), (v, v_layout, _) = chosen
+        output, out = self._output(parts, geometry)
+        proof, mask_operand = self._mask(parts, geometry, dtype)
+        operands, layouts = [q, k, v], [q_layout, k_layout, v_layout]
+        if mask_operand is not None:
+            operands.append(mask_operand[0])
+            layouts.append(mask_operand[1])
+        if proof.position is not None:
+            operands.append(proof.position)
+        if len(parts.factors) > 1:
+            raise NotAttention(parts.root, "the scores are scaled by several tensors")
+        operands += parts.factors
+        shape = q_layout.shape
+        if not isinstance(shape[3], int) or not isinstance(v_layout.shape[3], int):
+            raise NotAttention(parts.root, "the head dimension is symbolic")
+        op = Attention(
+            batch=shape[0], heads=shape[1], kv_heads=k_layout.shape[1], q_len=shape[2], kv_len=k_layout.shape[2],
+            head_dim=shape[3], v_dim=v_layout.shape[3], scale=parts.scale * q_scale * k_scale, mask=proof.mask,
+            dtype=dtype, layouts=tuple(layouts), out=out, softcap=parts.softcap,
+            scale_operand=bool(parts.factors), vendor=parts.vendor,
+        )  # fmt: skip
+        if parts.vendor and proof.mask.kind == "tensor" and k is parts.k.node:
+            raise NotAttention(
+                parts.root, f"{parts.root.name} is a fused attention already; nothing more is known: {proof.mask.proof}"
+            )
+        if parts.vendor and not parts.masks and k is parts.k.node:
+            raise NotAttention(parts.root, f"{parts.root.name} is a fused attention already, with nothing to add")
+        interior = _between(output, operands)
+        inside = set(interior)
+        escaping = tuple(n for n in interior if n is not output and any(u not in inside for u in n.users))
+        held = next((n for n in escaping if n in parts.chain), None)
+        if held is not None:
+            reader = next(u for u in held.users if u not in inside)
+            raise NotAttention(held, f"{held.name} is also read by {reader.name}, so the scores are written out anyway")
+        return Match(PATTERN, op, Site(tuple(operands), output, interior, escaping))
+
+    def _size(self, expr: sympy.Expr) -> Size:
+        if expr.is_Integer:
+            return int(expr)
+        known = self._sizes.get(expr) or next((s for e, s in self._sizes.items() if axes.same(e, expr)), None)
+        if known is None:
+            raise NotAttention(next(iter(self.gm.graph.nodes)), f"no tensor of the graph has the size {expr}")
+        return known
+
+    def _layout(self, found: axes.Arrangement, dtype: torch.dtype) -> Layout:
+        split, merged, shape = (tuple(map(self._size, s)) for s in (found.split, found.merged, found.shape))
+        return Layout(split, found.order, merged, shape, dtype)
+
+    def _operand(
+        self, geometry: Geometry, side: str, views: Sequence[View], dtype: torch.dtype
+    ) -> tuple[Node, Layout, float]:
+        """The node to read q, k or v from: the deepest one that has the documented shape, else the nearest readable."""
+        found: list[tuple[View, axes.Arrangement]] = []
+        for view in views:
+            targets = geometry.targets(side, view)
+            arranged = axes.arranged(view.source, targets) if targets is not None else None
+            if arranged is not None:
+                found.append((view, arranged))
+        if not found:
+            name = views[0].source.name
+            raise NotAttention(views[0].source, f"{name} is no [batch, heads, length, dim] without a copy of it")
+        fitting = [(v, a) for v, a in found if a.changes_nothing(axes.shape_of(v.source))]
+        view, arranged = fitting[-1] if fitting else found[0]
+        return view.source, self._layout(arranged, dtype), view.scale
+
+    def _output(self, parts: Parts, geometry: Geometry) -> tuple[Node, Layout]:
+        """The node to replace: the last copy that alone reads the product, else the product's own view."""
+        chain = [View.of(parts.product)]
+        while len(chain[-1].source.users) == 1:
+            (user,) = chain[-1].source.users
+            if not axes.is_size_preserving_view(user):
+                break
+            chain.append(View.of(user))
+        nodes = [v.source for v in chain]
+        copies = [i for i, n in enumerate(nodes) if n.target in axes.COPIES]
+        last = copies[-1] if copies else min(1, len(nodes) - 1)
+        fallback: tuple[Node, axes.Arrangement] | None = None
+        for end in range(last, -1, -1):
+            view = View.of(nodes[end])
+            for node in reversed(nodes[1 : end + 1]):
+                below = axes.step(node)
+                further = view.through(below) if below is not None else None
+                if further is None:
+                    break
+                view = further
+            else:
+                arranged = geometry.result(view)
+                if arranged is None:
+                    continue
+                if copies or arranged.changes_nothing(geometry.result_shape):
+                    return nodes[end], self._layout(arranged, nodes[end].meta["val"].dtype)
+                fallback = nodes[end], arranged
+        if fallback is not None:
+            return fallback[0], self._layout(fallback[1], fallback[0].meta["val"].dtype)
+        raise NotAttention(parts.product, f"{parts.product.name} mixes the axes of batch, heads and queries")
+
+    def _proof(self, terms: tuple[Term, ...], extents: Extents) -> Proof:
+        """`prove`, once for the layers that share a mask."""
+        key = (terms, extents.query, tuple(extents.extent.items()))
+        if key not in self._proofs:
+            self._proofs[key] = prove(terms, extents, self._indexer)
+        return self._proofs[key]
+
+    # ---- the mask ---------------------------------------------------------------------------
+    def _mask(self, parts: Parts, geometry: Geometry, dtype: torch.dtype) -> tuple[Proof, tuple[Node, Layout] | None]:
+        if parts.known_mask is not None:
+            return Proof(parts.known_mask), None
+        if not parts.masks:
+            return Proof(Mask("none", empty_rows="none", proof="nothing is masked")), None
+        terms = []
+        for site in parts.masks:
+            dims = geometry.by_row(site.scores)
+            if dims is None:
+                raise NotAttention(site.node, f"the mask {site.node.name} meets the scores across their axes")
+            index = geometry.index(dims, site.node)
+            terms.append(Term(site.node, index, site.additive, site.keeps, site.fill, site.factor))
+        proof = self._proof(tuple(terms), geometry.symbols())
+        if proof.mask.empty_rows != "none" and parts.total:
+            proof = replace(proof, mask=replace(proof.mask, empty_rows="zero"))
+        operand = None
+        if len(parts.masks) == 1 and (parts.masks[0].factor == 1.0 or not parts.masks[0].additive):
+            site = parts.masks[0]
+            dims = geometry.by_row(site.scores)
+            arranged = geometry.mask(View.of(site.node), dims) if dims is not None else None
+            if site.additive and proof.mask.kind == "tensor" and site.node.meta["val"].dtype != dtype:
+                arranged = None  # its values, not known to be 0 and −∞, would be rounded
+            if arranged is not None:
+                operand = site.node, self._layout(arranged, dtype if site.additive else torch.bool)
+                form = "additive" if site.additive else "visible" if site.keeps else "hidden"
+                proof = replace(proof, mask=replace(proof.mask, tensor=cast(Any, form)))
+        return proof, operand
+
+
+def _leads_to_product(node: Node) -> bool:
+    """Whether a few pointwise steps on from `node` there is a contraction."""
+    reached = [node]
+    for _ in range(4):
+        reached = [u for n in reached for u in n.users if u.op == "call_function"]
+        if any(contraction(u) is not None and u.target is not torch.ops.aten.sum.dim_IntList for u in reached):
+            return True
+    return False
+
+
+def _between(output: Node, border: Iterable[Node]) -> tuple[Node, ...]:
+    """The tensors from which `output` is computed, back to but without `border`, in graph order."""
+    outside, inside, stack = set(border), set[Node](), [output]
+    while stack:
+        node = stack.pop()
+        held = isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
+        if held and node not in outside and node not in inside and node.all_input_nodes:
+            inside.add(node)
+            stack.extend(node.all_input_nodes)
+    return tuple(sorted(inside))
+
+
+def _view_of(softmax_node: Node, node: Node) -> View | None:
+    """What `node` is of the softmax's result, through views and casts."""
+    return next((v for v in axes.trail(node, exact=False) if v.source is softmax_node), None)
+
+
+def _products(node: Node) -> tuple[list[Node], list[Node]]:
+    """The contractions that read `node` through views and casts, and whatever else reads it."""
+    products: list[Node] = []
+    strangers: list[Node] = []
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if contraction(user) is not None:
+            products.append(user)
+        elif axes.step(user) is not None or user.target in axes.CASTS:
+            stack.extend(user.users)
+        elif user.target is torch.ops.aten.mul.Tensor and any(contraction(u) is not None for u in user.users):
+            products += [u for u in user.users if contraction(u) is not None]
+        else:
+            strangers.append(user)
+    return products, strangers

@@ -1,0 +1,288 @@
+"""The axes of an attention, sorted out.
+
+The softmax runs over exactly the axis that is summed with the values: the keys. Every other axis of the scores is a
+row:
+
+    q, k and v vary along it     a batch or key/value-head axis
+    only q varies along it       a query axis, or the heads of a group, which share k and v
+
+From that follows how q, k, v, a mask and the result are arranged as [batch, heads, length, width].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import sympy
+from torch.fx import Node
+
+from . import axes
+from .axes import Atom, View
+from .contraction import Operand
+from .fused import Mask
+from .index_functions import Index
+from .masks import Extents
+from .scores import MaskSite
+
+
+class NotAttention(Exception):
+    """The node at which a structure stopped being attention, and why."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+@dataclass(frozen=True)
+class Row:
+    """An axis of the scores other than the keys, with the atoms of q, k and v along it."""
+
+    axis: int
+    size: sympy.Expr
+    q: Atom
+    k: Atom
+    v: Atom
+
+    @property
+    def shared(self) -> bool:
+        """Whether k and v are the same all along the row."""
+        return self.k.repeated and self.v.repeated
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of an attention. `q` and `k` are laid out by axes of the scores, `v` and `p` by those of `product`."""
+
+    root: Node  # the softmax or the operator, for messages
+    product: Node  # probabilities · v
+    extents: tuple[sympy.Expr, ...]  # of the scores' axes
+    keys: int  # the axis of the scores that the softmax runs over
+    query_axis: int | None  # the axis of the scores that only q has
+    q: Operand
+    k: Operand
+    v: Operand
+    p: Operand
+    probabilities: View  # what `p.node` is of the scores
+    scale: float
+    softcap: float | None
+    masks: tuple[MaskSite, ...]
+    known_mask: Mask | None = None
+    factors: tuple[Node, ...] = ()  # further scales, as tensors of one element
+    total: bool = False  # rows that see no key give 0
+    chain: tuple[Node, ...] = ()  # nodes that hold scores or probabilities
+    vendor: str = ""
+
+    @property
+    def value_dims(self) -> list[int]:
+        """The dimensions of v that the probabilities do not have: its width."""
+        pairs = zip(self.p.dims, self.v.dims, strict=True)
+        return [d for p, d in pairs if d is not None and (p is None or not self.probabilities.dims[p])]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The axes of an attention, sorted out."""
+
+    parts: Parts
+    rows: tuple[Row, ...]
+    batch: tuple[int, ...]  # indices into `rows`
+    kv_heads: tuple[int, ...]
+    groups: tuple[int, ...]
+    queries: tuple[int, ...]
+    kv_len: sympy.Expr
+    v_dim: sympy.Expr
+
+    @staticmethod
+    def of(parts: Parts, q: View, k: View, v: View) -> Geometry:
+        rows: list[Row] = []
+        pairs: list[tuple[Atom, Atom]] = []
+        for p_dim, v_dim in zip(parts.p.dims, parts.v.dims, strict=True):
+            seen = parts.probabilities.dims[p_dim] if p_dim is not None else ()
+            if not seen:
+                continue
+            values = v.dims[v_dim] if v_dim is not None else ()
+            aligned = axes.align([seen, values or [axes.repeat(axes.product(a.size for a in seen))]])
+            if aligned is None or any(a.repeated for a in seen):
+                raise NotAttention(
+                    parts.product, f"{parts.product.name} pairs values and probabilities of different axes"
+                )
+            pairs += [(a, b) for a, b in aligned]
+        inner = parts.probabilities.dims[parts.p.inner]
+        whole = Atom(parts.keys, axes.ONE, parts.extents[parts.keys])
+        if inner != ((whole,) if not axes.same(whole.size, axes.ONE) else ()):
+            raise NotAttention(
+                parts.root, f"the softmax {parts.root.name} runs over another axis than {parts.product.name} sums"
+            )
+        for axis, extent in enumerate(parts.extents):
+            if axis == parts.keys or axes.same(extent, axes.ONE):
+                continue
+            own_atoms = axes.in_order((a for a, _ in pairs if a.axis == axis), len(parts.extents)) or []
+            if not axes.same(axes.product(a.size for a in own_atoms), extent):
+                raise NotAttention(parts.product, f"{parts.product.name} does not read all the probabilities")
+            columns: list[Sequence[Atom]] = [own_atoms, [next(b for a, b in pairs if a == s) for s in own_atoms]]
+            for operand, view in ((parts.q, q), (parts.k, k)):
+                dim = operand.dims[axis]
+                own = view.dims[dim] if dim is not None else ()
+                columns.append(list(own) or [axes.repeat(extent)])
+            aligned = axes.align(columns)
+            if aligned is None:
+                raise NotAttention(parts.root, f"the heads around {parts.root.name} do not divide each other")
+            for _, b, c, d in aligned:
+                rows.append(Row(axis, b.size, c, d, b))
+        rows = _joined(rows, parts)
+        width = axes.product(a.size for d in parts.value_dims for a in v.dims[d])
+        return _classified(parts, rows, parts.extents[parts.keys], width)
+
+    def atoms(self, axis: int) -> list[Atom]:
+        """The rows on an axis of the scores, as atoms whose axis is the row's number."""
+        return [Atom(i, axes.ONE, r.size) for i, r in enumerate(self.rows) if r.axis == axis]
+
+    @property
+    def key(self) -> Atom:
+        return Atom(len(self.rows), axes.ONE, self.kv_len)
+
+    @property
+    def value(self) -> Atom:
+        return Atom(len(self.rows) + 1, axes.ONE, self.v_dim)
+
+    def by_row(self, view: View) -> tuple[axes.Dim, ...] | None:
+        """The dimensions of a view of the scores, in rows and the key axis."""
+        extents = self.parts.extents
+        dims = [[self.key] if a == self.parts.keys else self.atoms(a) for a in range(len(extents))]
+        dims = [[] if axes.same(n, axes.ONE) else d for d, n in zip(dims, extents, strict=True)]
+        below = View(view.source, tuple(map(tuple, dims)), view.dtype)
+        found = view.through(below)
+        return found.dims if found is not None else None
+
+    def _heads(self) -> tuple[int, ...]:
+        return self.kv_heads + self.groups
+
+    def targets(self, side: str, view: View) -> list[list[Atom]] | None:
+        """Batch, heads, length and width of q, k or v as atoms of the node that `view` is a view of."""
+        parts = self.parts
+        operand = {"q": parts.q, "k": parts.k, "v": parts.v}[side]
+        dims: Sequence[Sequence[Atom]]
+        if side == "v":
+            by_row = self.by_row(parts.probabilities)
+            if by_row is None:
+                return None
+            dims = [by_row[p] if p is not None else () for p in parts.p.dims]
+        else:
+            dims = [self.atoms(a) if a != parts.keys else () for a in range(len(parts.extents))]
+        along: dict[int, Atom] = {}
+        for own, dim in zip(operand.dims, dims, strict=True):
+            atoms = view.dims[own] if own is not None else ()
+            rows = list(dim)
+            if not rows:
+                continue
+            aligned = axes.align([rows, list(atoms) or [axes.repeat(axes.product(r.size for r in rows))]])
+            if aligned is None or len(aligned) != len(rows):
+                return None
+            along.update({cast(int, r.axis): a for r, a in aligned})
+        heads = self._heads() if side == "q" else self.kv_heads
+        if side == "q":
+            length = [along[i] for i in self.queries]
+            width = view.dims[operand.inner]
+        elif side == "k":
+            length = list(view.dims[cast(int, operand.dims[parts.keys])])
+            width = view.dims[operand.inner]
+        else:
+            length = list(view.dims[operand.inner])
+            width = tuple(a for d in parts.value_dims for a in view.dims[d])
+        return [[along[i] for i in self.batch], [along[i] for i in heads], length, list(width)]
+
+    def result(self, view: View) -> axes.Arrangement | None:
+        """How [batch, heads, queries, width] becomes a view of the product."""
+        by_row = self.by_row(self.parts.probabilities)
+        if by_row is None:
+            return None
+        dims = [by_row[p] if p is not None and by_row[p] else None for p in self.parts.p.dims]
+        shape = axes.shape_of(self.parts.product)
+        width = [() if axes.same(n, axes.ONE) else (self.value,) for n in shape]
+        own = tuple(d if d is not None else w for d, w in zip(dims, width, strict=True))
+        found = view.through(View(view.source, own, view.dtype))
+        order = [*self.batch, *self._heads(), *self.queries]
+        atoms = [Atom(i, axes.ONE, self.rows[i].size) for i in order]
+        if not axes.same(self.v_dim, axes.ONE):
+            atoms.append(self.value)
+        return axes.arrangement(atoms, found.dims) if found is not None else None
+
+    @property
+    def result_shape(self) -> tuple[sympy.Expr, ...]:
+        """[batch, heads, queries, width]."""
+        rows = (self.batch, self._heads(), self.queries)
+        return (*(axes.product(self.rows[i].size for i in own) for own in rows), self.v_dim)
+
+    def mask(self, view: View, dims: tuple[axes.Dim, ...]) -> axes.Arrangement | None:
+        """How a mask that meets scores of the dimensions `dims` becomes one over [batch, heads, queries, keys]."""
+        along: dict[int, Atom] = {}
+        for own, dim in zip(view.dims, dims[len(dims) - len(view.dims) :], strict=True):
+            if own:
+                aligned = axes.align([dim, own])
+                if aligned is None or len(aligned) != len(dim):
+                    return None
+                along.update({cast(int, r.axis): a for r, a in aligned})
+        wanted = (self.batch, self._heads(), self.queries, (len(self.rows),))
+        targets = [[along[i] for i in rows if i in along] for rows in wanted]
+        if any(t and len(t) != len(rows) for t, rows in zip(targets, wanted, strict=True)):
+            return None
+        return axes.arranged(view.source, targets)
+
+    # ---- symbols ----------------------------------------------------------------------------
+    def _symbol(self, i: int) -> sympy.Symbol:
+        name = "key" if i == len(self.rows) else "query" if i in self.queries else f"row{i}"
+        return sympy.Symbol(name, integer=True, nonnegative=True)
+
+    def symbols(self) -> Extents:
+        extent = {self._symbol(i): r.size for i, r in enumerate(self.rows)}
+        key = self._symbol(len(self.rows))
+        query = self._symbol(self.queries[0]) if self.queries else sympy.Integer(0)
+        return Extents(query, key, {**extent, key: self.kv_len})
+
+    def index(self, dims: Sequence[axes.Dim], node: Node) -> Index:
+        """Where a tensor that broadcasts to `dims` is read for the score at the symbols."""
+        index: list[sympy.Expr] = []
+        shape = axes.shape_of(node)
+        for dim, size in zip(dims[len(dims) - len(shape) :], shape, strict=True):
+            total: sympy.Expr = sympy.Integer(0)
+            for atom in dim:
+                number = cast(int, atom.axis)
+                digit, extent = self._symbol(number), [*(r.size for r in self.rows), self.kv_len][number]
+                if not axes.same(atom.size, extent):
+                    digit = sympy.Mod(sympy.floor(digit / atom.step), atom.size)
+                total = total * atom.size + digit
+            index.append(sympy.Integer(0) if axes.same(size, axes.ONE) else total)
+        return tuple(index)
+
+
+def _joined(rows: list[Row], parts: Parts) -> list[Row]:
+    """Rows that are neighbours in the scores and in all three operands are one."""
+    joined: list[Row] = []
+    for row in rows:
+        if joined and joined[-1].axis == row.axis and not row.shared:
+            last = joined[-1]
+            columns = [axes.join((getattr(last, s), getattr(row, s))) for s in "qkv"]
+            if all(len(c) == 1 for c in columns) and last.shared == row.shared:
+                (q,), (k,), (v,) = columns
+                joined[-1] = Row(row.axis, last.size * row.size, q, k, v)
+                continue
+        joined.append(row)
+    return joined
+
+
+def _classified(parts: Parts, rows: Sequence[Row], kv_len: sympy.Expr, width: sympy.Expr) -> Geometry:
+    mixed = next((r for r in rows if r.k.repeated != r.v.repeated), None)
+    if mixed is not None:
+        raise NotAttention(parts.root, f"keys and values of {parts.root.name} are not repeated alike")
+    own = [i for i, r in enumerate(rows) if not r.shared]
+    shared = [i for i, r in enumerate(rows) if r.shared]
+    # heads of a group are part of the same axis of q as the key/value heads, wherever they were moved
+    on_head_axis = [i for i in shared if own and rows[i].q.axis == rows[own[-1]].q.axis]
+    lone_batch = len(own) == 1 and not on_head_axis and any(rows[i].axis != parts.query_axis for i in shared)
+    batch, heads = (own, []) if lone_batch else (own[:-1], own[-1:])
+    on_queries = [i for i in shared if rows[i].axis == parts.query_axis and not (heads and i in on_head_axis)]
+    queries = tuple(on_queries[-1:])
+    groups = tuple(i for i in shared if i not in queries)
+    return Geometry(parts, tuple(rows), tuple(batch), tuple(heads), groups, queries, kv_len, width)

@@ -1,0 +1,302 @@
+"""The `torch.compile` backend: raise → match → judge → select → splice, then Inductor for the rest.
+
+Entry point "fusion_compiler" in `torch_dynamo_backends`. Inductor traces and decomposes the graph; its last step is
+ours: `rewrite` replaces in place what pays, and Inductor compiles what then stands there. This module alone wires
+patterns and lowerings in; `capture.explain` goes through it too.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from . import report as reporting
+from . import select, splice, verify
+from .candidates import Candidate, Unavailable
+from .config import Options
+from .fused import Site
+from .judge import Offer, judge, offer
+from .legality import Legality, is_empty
+from .machine import TABLE, Machine, machine
+from .match import Match, find_all
+from .pattern import AnyPattern
+from .report import Decision, Failure, NearMiss, Report, Work, where
+from .semantics import SemanticView
+from .torch_private import fake_tensors, inductor, size_guards
+
+_labels = itertools.count()
+EMPTY = "the result is empty, so there is nothing to compute"
+UNGUARDED = "it pays for some sizes only, and a backward graph, compiled after its guards are closed, serves all sizes"
+
+
+class StageError(RuntimeError):
+    """A stage of the compiler failed; `strict=True` raises it, otherwise it goes into the report."""
+
+    def __init__(self, stage: str, cause: Exception) -> None:
+        super().__init__(f"stage {stage!r} of fusion_compiler failed: {type(cause).__name__}: {cause}")
+        self.stage, self.cause = stage, cause
+        self.failure = Failure(stage, f"{type(cause).__name__}: {cause}")
+
+
+def fusion_compiler(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | Options | None = None,
+    **_: Any,
+) -> Any:
+    """Compiles a Dynamo graph. See `config.Options` for `options`; further arguments of newer torch are accepted."""
+    parsed = parse_options(options, mode)
+    step = functools.partial(_compile, options=parsed, label=f"graph {next(_labels)}")
+    return inductor.compile_graph(gm, example_inputs, step, _patches(parsed))
+
+
+def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
+    names = [p.name for p in builtin_patterns()]
+    return Options.parse(options, mode=mode, patterns=names, machines=[*TABLE, "cpu"], modes=list(inductor.modes()))
+
+
+def builtin_patterns() -> tuple[AnyPattern, ...]:
+    """The patterns of `patterns/`."""
+    from .patterns import BUILTIN
+
+    return BUILTIN
+
+
+def active_patterns(options: Options) -> tuple[AnyPattern, ...]:
+    """The user's patterns, then the built-in ones, less the disabled."""
+    given = {p.name: p for p in (*options.patterns, *builtin_patterns())}
+    return tuple(p for name, p in given.items() if not options.disable & {name, "all"})
+
+
+def _patches(options: Options) -> dict[str, Any]:
+    return {**inductor.modes()[options.mode or "default"], **(options.inductor or {})}
+
+
+def _compile(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Options, label: str, **context: Any
+) -> Any:
+    """The last step of Inductor's pipeline: what pays is replaced in `gm`, the rest is Inductor's (or runs eagerly).
+
+    Where a stage fails, `gm` is put back as it was and compiled as without us, and the report says so.
+    """
+    backward = bool(context.get("is_backward"))
+
+    def finish() -> Any:
+        if options.remainder == "eager":
+            return inductor.run_eagerly(gm)
+        return inductor.compile_aten(gm, example_inputs, **context)
+
+    label += " (backward)" if backward else ""
+    planned = plan(gm, options, label, trains=not context.get("is_inference"), guardable=not backward)
+    report, original = planned.report, copy.deepcopy(gm.graph)
+    try:
+        with _stage("splice"):
+            hold_ranges(gm, planned.judged)
+            splice_all(gm, planned.chosen, options)
+        with _stage("compile"):
+            compiled = finish()
+    except StageError as error:
+        if not planned.chosen and error.stage == "compile":
+            raise error.cause from None  # none of our doing
+        if options.strict:
+            raise
+        gm.graph = original
+        report = _abandoned(report, error.failure)
+        compiled = finish()
+    reporting.record(report)
+    return compiled
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One match with its verdict, where it stands, and what carries it out if it is fused.
+
+    `span` is (symbol, lo, hi) where the verdict holds for some sizes only.
+    """
+
+    decision: Decision
+    site: Site
+    candidate: Candidate | None = None
+    span: tuple[sympy.Symbol, int, int | None] | None = None
+
+    def kept(self, reason: str) -> Judged:
+        return dataclasses.replace(self, decision=_kept(self.decision, reason), candidate=None)
+
+    def note_error(self, error: float) -> None:
+        """Takes a measurement that comes long after the report was handed out, which is why it is written in place."""
+        object.__setattr__(self.decision, "error", max(error, self.decision.error or 0.0))
+
+
+def _kept(decision: Decision, reason: str) -> Decision:
+    return dataclasses.replace(decision, verdict="kept", reason=reason, after=None, kernel="", source="")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be done with a graph: the report, and the fusions to carry out."""
+
+    report: Report
+    judged: tuple[Judged, ...] = ()
+
+    @property
+    def chosen(self) -> tuple[Judged, ...]:
+        return tuple(j for j in self.judged if j.decision.verdict == "fused")
+
+
+def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False, guardable: bool = True) -> Planned:
+    """The line up to where the graph would change: raise → match → judge → select.
+
+    Where the graph is not `guardable`, a verdict that holds for some sizes only does not count.
+    """
+    target = machine(options.machine or ("cpu" if device_of(gm) == "cpu" else None))
+    report = Report(machine=target.name, graph=label, notes=notes(gm, trains=trains))
+    try:
+        with _stage("raise"):
+            view = SemanticView(gm)
+        with _stage("match"):
+            matches, near_misses = find_all(view, active_patterns(options))
+        with _stage("judge"):
+            judged = judge_all(gm, matches, target)
+            if not guardable:
+                judged = [j.kept(UNGUARDED) if j.span and j.candidate else j for j in judged]
+        with _stage("select"):
+            judged = choose(gm, judged)
+    except StageError as error:
+        if options.strict:
+            raise
+        return Planned(dataclasses.replace(report, failures=(error.failure,)))
+    report = dataclasses.replace(
+        report,
+        decisions=tuple(j.decision for j in judged),
+        near_misses=tuple(NearMiss(n.pattern, n.reason, where(n.node), n.node.name) for n in near_misses),
+    )
+    return Planned(report, tuple(judged))
+
+
+_UNFUSED: tuple[tuple[str, Callable[[Node], bool]], ...] = (
+    ("complex", lambda node: node.meta["val"].is_complex()),
+    ("float64", lambda node: node.meta["val"].dtype == torch.float64 and node.meta["val"].dim() > 0),
+    ("empty", is_empty),
+)
+
+
+def notes(gm: GraphModule, *, trains: bool) -> tuple[str, ...]:
+    """What the user should know of a graph as a whole."""
+    found = []
+    if trains:
+        found.append("part of a training step: intermediates saved for backward stay, so less can be fused")
+    for kind, holds in _UNFUSED:
+        named = [n for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor) and holds(n)]
+        if named:
+            some = f"{named[0].name} at {where(named[0])}"
+            found.append(f"{kind} tensors are left to Inductor; there are {len(named)} here, the first is {some}")
+    return tuple(found)
+
+
+def device_of(gm: GraphModule) -> str:
+    """The type of device that a graph runs on: an accelerator if any of its tensors lies there, else "cpu"."""
+    values = (node.meta.get("val") for node in gm.graph.nodes)
+    return next((v.device.type for v in values if isinstance(v, torch.Tensor) and v.device.type != "cpu"), "cpu")
+
+
+def judge_all(gm: GraphModule, matches: Sequence[Match], target: Machine) -> list[Judged]:
+    """The verdict on every match; a form of a match that is not legal is offered with the sentence that says why."""
+    from .lowering import lowerings
+
+    legality, offering = Legality(gm.graph), lowerings()
+    judged = []
+    for match in matches:
+        if is_empty(match.site.output):
+            nothing = Work(0, 0, 0, 0, 0.0)
+            decision = Decision(match.pattern, "kept", EMPTY, where(match.site.output), nothing)
+            judged.append(Judged(decision, match.site))
+            continue
+        offers = []
+        for op, site in ((match.op, match.site), *match.alternatives):
+            refusal = legality.check(site)
+            if refusal is None:
+                offers.append(offer(op, site, target, offering))
+            else:
+                offers.append(Offer(op, site, unavailable=(("legality", Unavailable(refusal)),)))
+        judgement = judge(match, offers, target)
+        choice = judgement.choice()
+        ranged = judgement.symbol is not None and len(judgement.choices) > 1
+        span = (judgement.symbol, choice.lo, choice.hi) if ranged and judgement.symbol is not None else None
+        judged.append(Judged(judgement.decision, choice.site, choice.candidate, span))
+    return judged
+
+
+def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:
+    """The fusions that can stand together; the others are kept, and say which fusion took their place."""
+    fused = [j for j in judged if j.decision.verdict == "fused"]
+    items = [
+        select.Item(
+            saving=j.decision.saving,
+            exclusive=frozenset(j.site.interior) - frozenset(j.site.escaping),
+            reads=frozenset(j.site.operands),
+            output=j.site.output,
+        )
+        for j in fused
+    ]
+    edges = [(source, node) for node in gm.graph.nodes for source in node.all_input_nodes]
+    winners = select.best(items, edges)
+    chosen = [fused[i] for i in winners]
+    result = []
+    for j in judged:
+        if j.decision.verdict == "fused" and j not in chosen:
+            item = items[fused.index(j)]
+            rival = next((fused[i].decision for i in winners if items[i].exclusive & item.exclusive), None)
+            j = j.kept(
+                f"{rival.pattern} at {rival.where} takes some of the same nodes; together the chosen fusions save more"
+                if rival
+                else "together with the chosen fusions it would make the graph cyclic, or it saves nothing"
+            )
+        result.append(j)
+    return result
+
+
+def hold_ranges(gm: GraphModule, judged: Sequence[Judged]) -> None:
+    """Installs guards so that sizes for which a verdict would be another are compiled anew."""
+    for span in {j.span for j in judged if j.span is not None}:
+        size_guards.hold(fake_tensors.mode_of(gm), *span)
+
+
+def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> None:
+    """Carries out the chosen fusions in graph order, so that each reads what the ones before it left."""
+    moved: dict[Node, Node] = {}
+    for j in sorted(chosen, key=lambda j: j.site.output):
+        assert j.candidate is not None, "only a kept verdict has no candidate"
+        site = dataclasses.replace(j.site, operands=tuple(moved.get(n, n) for n in j.site.operands))
+        builder = splice.Builder(gm, site.output)
+        new = splice.fit(builder, site, j.candidate.emit(builder, site))
+        if options.verify:
+            new = verify.compare(gm, site.output, new, j.note_error, strict=options.strict, name=j.decision.where)
+        moved[site.output] = splice.replace(site, new)
+    splice.clean(gm)
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise StageError(name, error) from error
+
+
+def _abandoned(report: Report, failure: Failure) -> Report:
+    """`report` after a failure: nothing is fused."""
+    reason = f"stage {failure.stage!r} failed, so Inductor compiles this graph alone"
+    decisions = tuple(_kept(d, reason) if d.verdict == "fused" else d for d in report.decisions)
+    return dataclasses.replace(report, decisions=decisions, failures=(*report.failures, failure))

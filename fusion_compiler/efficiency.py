@@ -1,0 +1,129 @@
+"""Which fraction of a machine's rates each kind of kernel reaches: measured, kept as data beside the package.
+
+A fraction is of `Machine`'s reached rates, so a table measured on one GPU serves the others until they have their own:
+`data/efficiency_<machine>.json`, with device, date and versions inside.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from .machine import Machine
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """A fraction by dtype, with a default."""
+
+    table: Mapping[str, float]
+
+    def of(self, dtype: torch.dtype) -> float:
+        return self.table.get(dtype_name(dtype), self.table["default"])
+
+
+@dataclass(frozen=True)
+class LibraryMatmul:
+    """The vendor's GEMM, which chooses from `tiles` (rows, columns, fraction of `compute`); none: any size is fine.
+
+    `overlap`: the part of the shorter of arithmetic and memory time that hides behind the longer.
+    """
+
+    memory: float
+    batched_memory: float
+    compute: Fractions
+    batched_compute: Fractions
+    overlap: float
+    tiles: tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A generated pointwise or reduction kernel. Rows longer than `persistent_row` are read once per reduction."""
+
+    memory: float
+    latency: float
+    persistent_row: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """rate = peak · compute / (1 + ramp / keys); below `short_rows` queries `short_compute` holds.
+
+    `key_block`: a causal kernel skips whole blocks of this many keys only (0: it follows the diagonal).
+    """
+
+    compute: Fractions
+    ramp: float
+    memory: float
+    latency: float
+    short_compute: Fractions | None = None
+    short_rows: int = 0
+    key_block: int = 0
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    device: str
+    date: str
+    versions: Mapping[str, str]
+    library_matmul: LibraryMatmul
+    pointwise: Loop
+    reduction: Loop
+    special_flops: Mapping[str, int]
+    attention: Mapping[str, AttentionKernel]
+
+
+def efficiency(machine: Machine) -> Efficiency:
+    """The machine's own table if there is one, else that of its kind."""
+    return _find(machine.name, machine.kind)
+
+
+@functools.cache
+def _find(name: str, kind: str) -> Efficiency:
+    own = f"efficiency_{name}.json"
+    if (resources.files(__package__) / "data" / own).is_file():
+        return _load(own)
+    return _load("efficiency_cpu.json" if kind == "cpu" else "efficiency_h200.json")
+
+
+@functools.cache
+def _load(name: str) -> Efficiency:
+    raw: dict[str, Any] = json.loads((resources.files(__package__) / "data" / name).read_text())
+    matmul = raw["library_matmul"]
+    return Efficiency(
+        device=raw["device"],
+        date=raw["date"],
+        versions=raw["versions"],
+        library_matmul=LibraryMatmul(
+            matmul["memory"],
+            matmul["batched_memory"],
+            Fractions(matmul["compute"]),
+            Fractions(matmul["batched_compute"]),
+            matmul["overlap"],
+            tuple((rows, columns, fraction) for rows, columns, fraction in matmul["tiles"]),
+        ),
+        pointwise=Loop(**raw["pointwise"]),
+        reduction=Loop(**raw["reduction"]),
+        special_flops=raw["special_flops"],
+        attention={name: _attention_kernel(entry) for name, entry in raw["attention"].items()},
+    )
+
+
+def _attention_kernel(entry: Mapping[str, Any]) -> AttentionKernel:
+    short = entry.get("short_compute")
+    fields = {k: v for k, v in entry.items() if k not in ("compute", "short_compute")}
+    return AttentionKernel(
+        compute=Fractions(entry["compute"]), short_compute=Fractions(short) if short else None, **fields
+    )

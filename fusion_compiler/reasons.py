@@ -1,0 +1,74 @@
+"""Why a verdict fell as it did, in a sentence with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .baseline import Plan
+from .candidates import Candidate
+from .fused import Attention, FusedOp, MatmulFamily
+from .machine import Machine
+from .report import Work
+from .report_text import duration, size
+
+MARGIN = 0.10  # a prediction of a smaller gain is not trusted
+MEASURE = 'options={"autotune": True}'
+
+
+def fused_reason(before: Work, after: Work, measured: bool) -> str:
+    how = "measured" if measured else "predicted"
+    saved = 100 * (1 - after.seconds / before.seconds)
+    gains = []
+    if after.launches < before.launches:
+        gains.append(f"{before.launches} kernels become {after.launches}")
+    if after.bytes < 0.99 * before.bytes:
+        gains.append(f"{size(before.bytes - after.bytes)} less to move")
+    if after.flops < 0.9 * before.flops:
+        gains.append(f"{100 * (1 - after.flops / before.flops):.0f} % less arithmetic")
+    return f"{how} {saved:.0f} % less time: {', '.join(gains) or 'a faster kernel'}"
+
+
+def kept_reason(
+    op: FusedOp,
+    machine: Machine,
+    plan: Plan,
+    before: Work,
+    closest: tuple[str, Work] | None,
+    unavailable: Sequence[str],
+    invalid: Sequence[Candidate],
+) -> str:
+    """`closest` is the cheapest candidate that may be used here, with what it leaves to Inductor."""
+    cause = _cause(op, machine, plan, before)
+    if closest is None:
+        if invalid:
+            return f"no kernel for this size: {'; '.join(dict.fromkeys(f'{c.name} needs {c.valid}' for c in invalid))}"
+        refusals = "; ".join(dict.fromkeys(unavailable)) or "no lowering handles this operation"
+        return f"{cause + '; ' if cause else ''}no kernel for {machine.name}: {refusals}"
+    name, after = closest
+    change = 100 * (after.seconds / before.seconds - 1)
+    figures = f"{name} is predicted at {duration(after.seconds)}, Inductor at {duration(before.seconds)}"
+    if change < -100 * MARGIN:
+        figures += "; it is given up so that few ranges of sizes need a compilation of their own"
+    elif change < 0:
+        figures += f"; a gain of {-change:.0f} % is within the error of prediction ({MEASURE} would measure it)"
+    return f"{cause}: {figures}" if cause and change >= 0 else figures
+
+
+def _cause(op: FusedOp, machine: Machine, plan: Plan, before: Work) -> str:
+    """What makes fusing unprofitable here, or "" where nothing stands out."""
+    if not before.bytes:
+        return ""
+    if isinstance(op, Attention):
+        written = [k.traffic.bytes_written for k in plan.kernels if k.l2_bytes != 0]
+        scores = max((w for w in written if isinstance(w, (int, float))), default=0)
+        if 0 < scores <= machine.l2_bytes / 2:
+            cache = f"{machine.l2_bytes / 2**20:.0f} MB {'cache' if machine.kind == 'cpu' else 'L2'}"
+            return f"the scores ({size(scores)}) fit the {cache}, so fusing saves no memory traffic"
+    if isinstance(op, MatmulFamily):
+        intensity, ridge = before.flops / before.bytes, machine.rate(op.dtype) / machine.memory_bandwidth
+        if intensity > ridge:
+            return (
+                f"compute-bound: {intensity:.0f} flops per byte, where {machine.name} balances at {ridge:.0f}, "
+                "so moving fewer bytes gains little"
+            )
+    return ""

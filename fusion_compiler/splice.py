@@ -1,0 +1,227 @@
+"""Adds nodes to an FX graph and puts them in the place of others, checking every step.
+
+`Builder` adds nodes before a given one. Each gets its fake value (`meta["val"]`) by running its target under the
+graph's fake mode, so symbolic sizes work, and the provenance of the node it helps to replace, so that Inductor's names
+and stack traces point at the user's line. `fit` checks that a new node has the shape, dtype, device and strides of what
+it is to replace, `replace` exchanges them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+import torch.fx
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .fused import Site
+from .torch_private import fake_tensors, kernel_nodes
+from .torch_private.source_files import module_from_source
+
+aten = torch.ops.aten
+
+Dim = int | torch.SymInt | Node
+PROVENANCE = (
+    "stack_trace", "nn_module_stack", "source_fn_stack", "fwd_nn_module_stack", "fwd_source_fn_stack", "original_aten",
+    "from_node", "seq_nr", "custom", "partitioner_tag", "autograd_backward", "torch_fn",
+)  # fmt: skip
+
+
+class SpliceError(ValueError):
+    """A replacement that would not compute what it replaces, or cannot be expressed in the graph."""
+
+
+class Builder:
+    """Adds nodes to `gm` before the node `before`; they take over the provenance of `origin`, usually the same node."""
+
+    def __init__(self, gm: GraphModule, before: Node, origin: Node | None = None) -> None:
+        self.gm = gm
+        self.before = before
+        self.origin = origin or before
+        self.fake_mode = fake_tensors.mode_of(gm)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """`target(*args, **kwargs)` as a node; SymInt arguments become nodes of the graph."""
+        args, kwargs = torch.utils._pytree.tree_map_only(torch.SymInt, self.scalar, (args, kwargs))
+        with self.gm.graph.inserting_before(self.before):
+            node = self.gm.graph.call_function(target, args, kwargs)
+        node.meta.update({k: self.origin.meta[k] for k in PROVENANCE if k in self.origin.meta})
+        value_args, value_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = target(*value_args, **value_kwargs)
+        if isinstance(node.meta["val"], torch.Tensor):
+            node.meta["tensor_meta"] = torch.fx.passes.shape_prop._extract_tensor_metadata(node.meta["val"])
+        return node
+
+    def scalar(self, value: int | torch.SymInt) -> int | Node:
+        """A size as an argument of a node: an int, or a node of the graph that holds the symbolic value."""
+        constant = value if isinstance(value, int) else value.node.maybe_as_int()
+        if constant is not None:
+            return int(constant)
+        assert isinstance(value, torch.SymInt)
+        wanted = value.node.expr
+        tensors: list[Node] = []
+        for node in self.gm.graph.nodes:
+            if node is self.before:
+                break
+            known = node.meta.get("val")
+            if isinstance(known, torch.SymInt) and known.node.expr == wanted:
+                return cast(Node, node)
+            if isinstance(known, torch.Tensor):
+                tensors.append(node)
+        for node in tensors:
+            for dim, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == wanted:
+                    return self.call(aten.sym_size.int, node, dim)
+        raise SpliceError(f"the size {wanted} is held by no tensor before {self.before.name}, so no node can read it")
+
+    def size(self, node: Node, dim: int) -> int | Node:
+        """Size of `node` along `dim`: an int, or an `aten.sym_size.int` node where symbolic."""
+        size = node.meta["val"].shape[dim]
+        constant = size if isinstance(size, int) else size.node.maybe_as_int()
+        return self.call(aten.sym_size.int, node, dim) if constant is None else int(constant)
+
+    def ceil_div(self, size: Dim, block: int) -> int | Node:
+        """⌈size / block⌉, the usual entry of a grid."""
+        if isinstance(size, torch.SymInt):
+            size = self.scalar(size)
+        if isinstance(size, int):
+            return -(-size // block)
+        return self.call(operator.floordiv, self.call(operator.add, size, block - 1), block)
+
+    def reshape(self, node: Node, shape: Sequence[Dim]) -> Node:
+        """`node` with another shape; the node itself where it has that shape already."""
+        wanted = [s.meta["val"] if isinstance(s, Node) else s for s in shape]
+        if same_sizes(node.meta["val"].shape, wanted):
+            return node
+        return self.call(aten.reshape.default, node, list(shape))
+
+    def empty(self, shape: Sequence[Dim], dtype: torch.dtype, device: torch.device) -> Node:
+        """An uninitialised contiguous tensor, to be written by a kernel."""
+        return self.call(aten.empty.memory_format, list(shape), dtype=dtype, device=device, pin_memory=False)
+
+    def contiguous(self, node: Node) -> Node:
+        """`node` in row-major order; the node itself where it is already."""
+        if node.meta["val"].is_contiguous():
+            return node
+        return self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    def triton(
+        self,
+        kernel: Any,
+        grid: Sequence[Dim],
+        arguments: dict[str, Any],
+        outputs: Sequence[str],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> dict[str, Node]:
+        """Launches a `triton.jit` kernel; returns the tensors it wrote, by argument name.
+
+        `arguments` gives every argument of the kernel by name: nodes, numbers, symbolic sizes, dtypes; those the kernel
+        declares `tl.constexpr` must be constants. `outputs` names the tensors written, usually fresh `empty` nodes.
+        """
+        names = list(kernel.arg_names)
+        if set(names) != set(arguments):
+            missing, unknown = sorted(set(names) - set(arguments)), sorted(set(arguments) - set(names))
+            raise SpliceError(f"kernel {kernel.__name__}: missing arguments {missing}, unknown arguments {unknown}")
+        unwritten = [name for name in outputs if not isinstance(arguments.get(name), Node)]
+        if unwritten or not outputs:
+            raise SpliceError(f"kernel {kernel.__name__}: outputs {unwritten or '(none)'} are no tensors of the graph")
+        resolved = {k: self.scalar(v) if isinstance(v, torch.SymInt) else v for k, v in arguments.items()}
+        in_graph = {k: resolved[k] for k in names if isinstance(resolved[k], Node)}
+        constants = {k: resolved[k] for k in names if k not in in_graph}
+        entries = tuple(self.scalar(g) if isinstance(g, torch.SymInt) else g for g in grid)
+        launch = self.call(
+            kernel_nodes.KERNEL_NODE,
+            **kernel_nodes.kernel_node_arguments(
+                kernel_nodes.configured(kernel, num_warps, num_stages), entries, in_graph, constants, list(outputs)
+            ),
+        )
+        return {name: self.call(operator.getitem, launch, name) for name in outputs}
+
+
+def load_kernel(source: str, name: str) -> Any:
+    """The `triton.jit` function `name` that the Python module `source` defines."""
+    kernel = getattr(module_from_source(source), name, None)
+    if kernel is None:
+        raise SpliceError(f"the generated source defines no kernel named {name!r}")
+    return kernel
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes or strides are known to be equal; sizes not known to be equal count as different."""
+    return len(a) == len(b) and all(x is y or statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def fit(builder: Builder, site: Site, new: Node) -> Node:
+    """`new` in the layout of `site.output`, for which later nodes were traced; refused where it is another tensor.
+
+    Shape, dtype and device must be equal. Where only the strides differ, the data is copied into the old layout.
+    """
+    old = site.output
+    want, have = old.meta["val"], new.meta["val"]
+    for what, a, b in (("dtype", want.dtype, have.dtype), ("device", want.device, have.device)):
+        if a != b:
+            raise SpliceError(f"the replacement of {old.name} has {what} {b}, the original has {a}")
+    if not same_sizes(want.shape, have.shape):
+        raise SpliceError(f"the replacement of {old.name} has shape {tuple(have.shape)}, not {tuple(want.shape)}")
+    if same_strides(want, have):
+        return new
+    copied = _in_layout_of(builder, new, want)
+    if not same_strides(want, copied.meta["val"]):
+        raise SpliceError(
+            f"the replacement of {old.name} has strides {have.stride()}, the original has {want.stride()}, "
+            "which no permutation of contiguous data has"
+        )
+    return copied
+
+
+def replace(site: Site, new: Node) -> Node:
+    """Puts `new`, which must fit, in the place of `site.output`. What became unused is left for `clean`."""
+    site.output.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    return new
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are laid out alike; the stride of a dimension of size 1 does not matter."""
+    if not same_sizes([a.storage_offset()], [b.storage_offset()]):
+        return False
+    return all(
+        statically_known_true(x == y) or statically_known_true(size == 1)
+        for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
+
+
+def _in_layout_of(builder: Builder, node: Node, like: torch.Tensor) -> Node:
+    """`node` copied so that its dimensions lie in memory in the order they have in `like`."""
+    strides = [_hint(s) for s in like.stride()]
+    order = sorted(range(like.dim()), key=lambda d: strides[d], reverse=True)
+    inverse = [order.index(d) for d in range(like.dim())]
+    permuted = builder.call(aten.permute.default, node, order)
+    dense = builder.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+    return builder.call(aten.permute.default, dense, inverse)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A number to sort by: the size itself or the example value that a symbolic size was traced with."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(size.node.hint) if size.node.hint is not None else len(sympy.Mul.make_args(expr))
+
+
+def clean(gm: GraphModule) -> None:
+    """Drops what became unused (mutations stay), then checks and recompiles the graph."""
+    gm.graph.eliminate_dead_code(is_impure_node=_is_impure)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _is_impure(node: Node) -> bool:
+    """A node to keep though nobody reads it. A functional kernel launch is none, though FX takes it for one."""
+    return node.target is not kernel_nodes.KERNEL_NODE and node.is_impure()

@@ -1,0 +1,25 @@
+"""Fake tensors of a traced graph (`torch._subclasses.fake_tensor`, `torch._guards.detect_fake_mode`).
+
+Tried on torch 2.11.0 and 2.13.0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+
+
+def mode_of(gm: GraphModule) -> FakeTensorMode:
+    """The fake mode under which `gm` was traced, found in its nodes' values."""
+    values: list[Any] = []
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        values.extend(value if isinstance(value, (tuple, list)) else (value,))
+    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    if mode is None:
+        raise ValueError("the graph holds no fake tensors: trace it with fake inputs before splicing into it")
+    return mode

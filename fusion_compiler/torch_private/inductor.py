@@ -1,0 +1,50 @@
+"""Inductor's compilation with its last step replaced (`torch._inductor.compile_fx`).
+
+`inner_compile` receives functional, decomposed ATen graphs after Inductor's joint passes and before its post-grad
+passes: the forward (or inference) graph, and in training the backward graph, later and outside of any `with` block of
+the caller. The AOTAutograd cache is off because a hit would skip `inner_compile`, whose effect its key does not cover;
+Inductor's own cache stays on, keyed on the graph that `inner_compile` hands to it, kernel sources included.
+Tried on torch 2.11.0 and 2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch._functorch.config
+from torch.fx import GraphModule
+
+InnerCompile = Callable[..., Any]
+
+
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], inner_compile: InnerCompile, patches: Mapping[str, Any]
+) -> Any:
+    """Compiles a Dynamo graph as Inductor does, with `inner_compile` as the step that compiles ATen graphs."""
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        # compile_fx puts the patches around inner_compile too, so they hold when the backward is compiled
+        return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
+
+
+def compile_aten(gm: GraphModule, example_inputs: Sequence[Any], **context: Any) -> Any:
+    """Inductor's own last step."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    return compile_fx_inner(gm, example_inputs, **context)
+
+
+def run_eagerly(gm: GraphModule) -> Any:
+    """`gm` as the result of an `inner_compile`: called with one list of arguments."""
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+
+    return make_boxed_func(gm.forward)
+
+
+def modes() -> dict[str, dict[str, Any]]:
+    """Inductor's settings by mode of torch.compile."""
+    import torch._inductor
+
+    return torch._inductor.list_mode_options()

@@ -1,0 +1,25 @@
+"""Triton kernels generated per fused op. Triton itself is imported only where a kernel is loaded or compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...candidates import Candidate, Unavailable
+from ...fused import FusedOp, MatmulFamily
+from ...machine import Machine
+from . import matmul
+
+
+@dataclass(frozen=True)
+class TritonCodegen:
+    """Generated Triton kernels: see `candidates.Lowering`."""
+
+    name: str = "triton"
+
+    def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
+        if isinstance(op, MatmulFamily):
+            return matmul.candidates(op, machine)
+        return Unavailable(f"the Triton generator makes no kernels for {type(op).__name__} yet")
+
+
+lowering = TritonCodegen()

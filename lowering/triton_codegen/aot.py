@@ -1,0 +1,87 @@
+"""Compiles generated kernels with no device present and reads what they cost: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...fused import MatmulFamily
+from .plans import Plan
+from .source import KernelSource
+
+_TRITON_TYPE = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
+    torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel uses. `spills` counts bytes of local memory (NVIDIA) or registers (AMD)."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_kernel(op: MatmulFamily, plan: Plan, source: KernelSource, target: Any) -> Any:
+    """`source` compiled for `target` (a `GPUTarget`) as `op` would launch it, with 16-byte aligned tensors."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from ...splice import load_kernel
+
+    kernel = load_kernel(source.text, source.name)
+    extras = {f"extra{j}": extra.dtype for j, extra in enumerate(op.extras)} | {"out": op.out_dtype}
+    signature = {name: f"*{_TRITON_TYPE[extras.get(name, op.dtype)]}" for name in source.tensors}
+    if source.runtime_m:
+        signature["M"] = "i32"
+    constants = constexprs(op, plan)
+    signature |= dict.fromkeys(constants, "constexpr")
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(source.tensors))}
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def constexprs(
+    op: MatmulFamily, plan: Plan, x_stride: int | None = None, w_stride: int | None = None
+) -> dict[str, int]:
+    """The constexpr arguments of a kernel; the strides default to those of contiguous operands."""
+    return {
+        "x_stride": int(op.k) if x_stride is None else x_stride,
+        "w_stride": int(op.n if op.weight_is_kn else op.k) if w_stride is None else w_stride,
+        "N": int(op.n),
+        "K": int(op.k),
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+    }
+
+
+def resources(compiled: Any) -> Resources:
+    """Registers, spills and shared memory of a kernel that `compile_kernel` made."""
+    shared = int(compiled.metadata.shared)
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        return Resources(_count(r"\.vgpr_count:\s+(\d+)", text), _count(r"\.vgpr_spill_count:\s+(\d+)", text), shared)
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return Resources(_count(r"REG:(\d+)", text), _count(r"STACK:(\d+)", text) + _count(r"LOCAL:(\d+)", text), shared)
+
+
+def _count(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's report has no {pattern!r}")
+    return int(found.group(1))

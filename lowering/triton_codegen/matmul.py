@@ -1,0 +1,162 @@
+"""Candidates for the matmul family: generated Triton kernels for few rows, emitted as nodes of the graph."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from ...amounts import amount
+from ...candidates import Candidate, Unavailable
+from ...cost import matmul_traffic
+from ...fused import MatmulFamily, Site
+from ...machine import Machine
+from ...splice import load_kernel
+from . import predict
+from .aot import constexprs
+from .plans import Plan
+from .pointwise import unsupported
+from .source import facts, write
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from ...splice import Builder
+
+MOST_ROWS = 64  # beyond, a GEMM's own tiling pays and the vendor's library has the better one
+ROW_LIMITS = (1, 4, 16, 64)  # where M is symbolic: one kernel serves 1..limit rows
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavailable:
+    """The best plan of each kind for each range of M, cheapest first."""
+    refusal = _refusal(op, machine)
+    if refusal is not None:
+        return Unavailable(refusal)
+    m = amount(op.m)
+    limits = [m] if isinstance(m, int) else [limit for limit in ROW_LIMITS if limit > 1]
+    found = [_candidate(op, machine, plan, limit) for limit in limits for plan in best_plans(op, machine, limit)]
+    if not found:
+        most = amount(op.m) if isinstance(amount(op.m), int) else MOST_ROWS
+        return Unavailable(f"no plan for {most} rows of {op.dtype} fits {machine.name} ({machine.arch})")
+    return sorted(found, key=lambda c: float(sympy.sympify(c.seconds).subs(m, 2)))
+
+
+def plausible_plans(op: MatmulFamily, machine: Machine, rows: int, within: float = 1.15) -> list[Plan]:
+    """The plans predicted within a factor of the fastest, fastest first: what autotuning would measure."""
+    timed = sorted(_predicted(op, machine, rows), key=lambda pair: pair[0])
+    return [plan for seconds, plan in timed if seconds <= within * timed[0][0]]
+
+
+def best_plans(op: MatmulFamily, machine: Machine, rows: int) -> list[Plan]:
+    """The fastest predicted plan of each kind for up to `rows` rows."""
+    best: dict[str, tuple[float, Plan]] = {}
+    for seconds, plan in _predicted(op, machine, rows):
+        if plan.kind not in best or seconds < best[plan.kind][0]:
+            best[plan.kind] = (seconds, plan)
+    return [plan for _, plan in best.values()]
+
+
+def _predicted(op: MatmulFamily, machine: Machine, rows: int) -> list[tuple[float, Plan]]:
+    moved = float(sympy.sympify(_moved(op)).subs(amount(op.m), rows))
+    return [(predict.seconds(op, plan, machine, moved, rows), plan) for plan in predict.plans(op, machine, rows)]
+
+
+def _moved(op: MatmulFamily) -> Any:
+    traffic = matmul_traffic(op)
+    return traffic.bytes_read + traffic.bytes_written
+
+
+def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
+    if machine.kind == "cpu":
+        return "Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor"
+    if op.dtype not in DTYPES:
+        return f"the generator makes kernels for bfloat16, float16 and float32, not {op.dtype}"
+    if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
+        return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
+    if not isinstance(amount(op.k), int) or not isinstance(amount(op.n), int):
+        return "K and N are symbolic: mark only the rows of the input as dynamic"
+    m = amount(op.m)
+    if isinstance(m, int) and m > MOST_ROWS:
+        return f"M = {m}: the generated kernels hold at most {MOST_ROWS} rows; beyond, a tiled GEMM is the better plan"
+    return unsupported(op.epilogue)
+
+
+def _candidate(op: MatmulFamily, machine: Machine, plan: Plan, limit: int) -> Candidate:
+    m = amount(op.m)
+    symbolic = not isinstance(m, int)
+    return Candidate(
+        name=f"triton_{plan.kind}",
+        kernel=f"triton {plan.label}",
+        traffic=matmul_traffic(op),
+        seconds=predict.seconds(op, plan, machine, _moved(op) if symbolic else float(_moved(op)), limit),
+        emit=functools.partial(emit, op, plan),
+        valid=sympy.Le(m, limit) if symbolic else True,
+        details=(
+            ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k), ("num_warps", plan.num_warps),
+            ("num_stages", plan.num_stages), ("blocks", math.ceil(int(op.n) / plan.block_n)),
+            ("blocks_per_sm", predict.resident_blocks(op, plan, machine)),
+        ),
+    )  # fmt: skip
+
+
+def float32_precision() -> str:
+    """What a float32 matmul may be computed in, as torch has been told."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def emit(op: MatmulFamily, plan: Plan, builder: Builder, site: Site) -> Node:
+    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
+    source = write(op, plan, facts(op, plan, float32_precision()))
+    value = site.output.meta["val"]
+    out = builder.empty(list(value.shape), op.out_dtype, value.device)
+    operands = list(site.operands)
+    x_stride, operands[0] = _rows(builder, operands[0], int(op.k))
+    first = 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
+    columns = int(op.n if op.weight_is_kn else op.k)
+    strides = set()
+    for i in range(len(operands)):
+        if first <= i < first + op.weights:
+            operands[i] = _features(builder, op, i - first, operands[i])
+            stride, operands[i] = _rows(builder, operands[i], columns)
+            strides.add(stride)
+        elif i > 0:
+            operands[i] = builder.contiguous(operands[i])
+    if len(strides) > 1:
+        raise ValueError(f"the weights of {site.output.name} have row strides {sorted(strides)}; one kernel needs one")
+    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, out], strict=True))
+    if source.runtime_m:
+        arguments["M"] = op.m
+    arguments |= constexprs(op, plan, x_stride, strides.pop())
+    kernel = load_kernel(source.text, source.name)
+    grid = [math.ceil(int(op.n) / plan.block_n)]
+    launched = builder.triton(
+        kernel, grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages
+    )
+    return launched["out"]
+
+
+def _features(builder: Builder, op: MatmulFamily, index: int, weight: Node) -> Node:
+    """The part of a packed weight that the op takes: a view, so that nothing is copied."""
+    if not op.features:
+        return weight
+    start = op.features[index]
+    return builder.call(torch.ops.aten.slice.Tensor, weight, 1 if op.weight_is_kn else 0, start, start + int(op.n))
+
+
+def _rows(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:
+    """(distance between rows, node) of a matrix with `columns` columns; copied where its rows are not evenly spaced."""
+    value = node.meta["val"]
+    if value.is_contiguous():
+        return columns, node
+    spread = [(size, stride) for size, stride in zip(value.shape, value.stride(), strict=True) if size != 1]
+    if len(spread) == 2 and spread[1] == (columns, 1) and isinstance(spread[0][1], int):
+        return spread[0][1], node
+    if len(spread) == 1 and spread[0] == (columns, 1):
+        return columns, node
+    return columns, builder.contiguous(node)
+
+

@@ -1,0 +1,36 @@
+"""How a kernel of the matmul family divides its work.
+
+Both kinds read every weight exactly once and need M <= rows: one program keeps all rows of x and BLOCK_N
+columns of the output, and walks along K.
+
+gemv: float32 multiply-adds on the ordinary units; `rows` rows of x are unrolled. Each thread keeps a partial sum for
+      every `lanes` neighbouring elements of K, and the sums meet once, after the loop.
+swap: `tl.dot` with the weight tile as the M operand of the matrix unit ("swap-AB"), because the rows of x are too few
+      to fill it; x, padded to `rows`, is the N operand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One division of the work. Block sizes, warps and stages reach the kernel as constexprs or launch options, so
+    plans that agree in the others (and divide N and K alike) share one source text."""
+
+    kind: Literal["gemv", "swap"]
+    rows: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 1
+    lanes: int = 1  # gemv: neighbouring elements of K summed inside a thread at every step
+    gram: bool = False  # swap: an RMSNorm's Σ x² is the diagonal of x·xᵀ, taken from the matrix unit
+
+    @property
+    def label(self) -> str:
+        lanes = f"l{self.lanes}" if self.lanes > 1 else ""
+        lanes += "g" if self.gram else ""
+        return f"{self.kind}{self.rows}_n{self.block_n}k{self.block_k}w{self.num_warps}s{self.num_stages}{lanes}"

@@ -1,0 +1,173 @@
+"""Predicted time of a plan, and the plans worth predicting.
+
+seconds = start + ‖(memory, chain, work)‖₄ + launch overhead
+memory  = bytes / bandwidth
+chain   = rounds of blocks · steps · latency of a step: a block waits for its own tile, computes, asks for the next;
+          blocks that share an SM hide each other's waiting, pipeline stages hide the memory's latency
+work    = what one SM has to issue for all of its blocks: handling of x (again in every block) and the products
+
+The 4-norm is a soft maximum: near a tie the terms disturb each other. The constants are measured (efficiency.json,
+with device, date and versions); they are times of an SM and serve other machines until they have their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+import sympy
+import torch
+
+from ...fused import MatmulFamily
+from ...machine import Machine
+from .plans import Plan
+from .source import norm_mode, statistics_block
+
+REGISTERS_PER_SM = 65536
+REGISTERS_PER_THREAD = 255
+WARPS_PER_SM = 64
+BLOCKS_PER_SM = 32
+SMALL_SHARED_MEMORY = 100 * 1024  # below, two pipeline stages are worth a thought
+# (block_k, warps) that suit wgmma by rows of x: measured, since how the tile of x passes from shared memory through
+# registers and back decides between these and others up to 1.8 times slower.
+ACTIVATION_TILES = {16: ((64, 4), (128, 8), (256, 4)), 32: ((64, 8),), 64: ((64, 4), (128, 8))}
+GEMV_ROWS = 4  # more rows need more registers than a thread has
+
+
+@dataclass(frozen=True)
+class KindConstants:
+    """Seconds: `start` before the first and after the last step, `row` for each row of x after the first, `latency` of memory, `step` at least,
+    `byte_per_thread` of a weight tile and `multiply_add` per thread add to a step; `x_element` per element of x per
+    block, `product` per multiply-add occupy the SM."""
+
+    start: float
+    row: float
+    latency: float
+    step: float
+    byte_per_thread: float
+    multiply_add: float
+    x_element: float
+    product: float
+
+
+@dataclass(frozen=True)
+class Constants:
+    reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
+    statistics_step: float  # seconds per step of the pass that computes mean and rstd first
+    kinds: dict[str, KindConstants]
+
+
+@functools.cache
+def constants() -> Constants:
+    raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
+    kinds = {kind: KindConstants(**entry) for kind, entry in raw["kinds"].items()}
+    return Constants(raw["reached"], raw["statistics_step"], kinds)
+
+
+def power_of_two(at_least: int) -> int:
+    return 1 << max(at_least - 1, 0).bit_length()
+
+
+def plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
+    """Every plan for up to `rows` rows that fits `machine`."""
+    for plan in itertools.chain(_gemv_plans(op, rows), _swap_plans(op, machine, rows)):
+        if shared_memory(op, plan) <= machine.shared_memory and registers(op, plan) <= REGISTERS_PER_THREAD:
+            yield plan
+
+
+def _gemv_plans(op: MatmulFamily, rows: int) -> Iterator[Plan]:
+    if rows > GEMV_ROWS:
+        return
+    stages = 1 if rows == 1 else 3
+    longest = max(128, power_of_two(int(op.k)))
+    for block_n, block_k, warps in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024, 2048), (2, 4, 8)):
+        # Each thread asks for 64 bytes of weights at once: less leaves the memory idle, more costs resident blocks.
+        # With several rows and a pipeline, twice as much spreads the handling of x further.
+        loaded = step_bytes(op, Plan("gemv", rows, block_n, block_k, warps)) // (32 * warps)
+        if loaded in ((64,) if rows == 1 else (64, 128)) and block_k <= longest:
+            yield Plan("gemv", rows, block_n, block_k, warps, stages, lanes=8)
+
+
+def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
+    if machine.kind == "cuda" and machine.capability < 80:
+        return  # Triton has no matrix instructions for them
+    padded = max(8, power_of_two(rows))
+    longest = max(64, power_of_two(int(op.k)))
+    blocks = itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (2, 3, 4))
+    for block_n, block_k, warps, stages in blocks:
+        if block_k > longest or (stages == 2 and machine.shared_memory > SMALL_SHARED_MEMORY):
+            continue
+        # Few rows, one row of warps: mma with both operands in registers, where the Gram diagonal is nearly free.
+        few = block_n <= 32 or (padded == 8 and block_k <= 128)
+        if padded <= 16 and few and warps == max(1, min(block_n // 16, 8 if block_n == 128 else 4)):
+            plan = Plan("swap", padded, block_n, block_k, warps, stages)
+            yield replace(plan, gram=norm_mode(op, plan) == "folded" and op.dtype != torch.float32)
+        elif block_n >= 64 and (block_k, warps) in ACTIVATION_TILES.get(padded, ()):
+            yield Plan("swap", padded, block_n, block_k, warps, stages)
+
+
+def step_bytes(op: MatmulFamily, plan: Plan) -> int:
+    """Bytes of weights that one block reads per step."""
+    return op.weights * plan.block_n * plan.block_k * op.dtype.itemsize
+
+
+def shared_memory(op: MatmulFamily, plan: Plan) -> int:
+    """Upper estimate of a block's shared memory: every stage holds the weight tiles and the tile of x."""
+    weights = step_bytes(op, plan)
+    if plan.kind == "gemv":
+        vectors = (1 + plan.rows) * plan.block_k * 4
+        return vectors + (weights * plan.num_stages if plan.num_stages > 1 else 0)
+    x_tile = plan.rows * plan.block_k * op.dtype.itemsize
+    normed = x_tile + plan.num_stages * plan.block_k * op.dtype.itemsize if op.norm else 0
+    passes = 3 * plan.rows * statistics_block(op, plan) * op.dtype.itemsize if norm_mode(op, plan) == "first" else 0
+    return max(plan.num_stages * (weights + x_tile) + normed, passes) + 1024
+
+
+def registers(op: MatmulFamily, plan: Plan) -> int:
+    """Estimate of registers per thread."""
+    threads = 32 * plan.num_warps
+    if plan.kind == "gemv":
+        partial = op.weights * plan.rows * plan.block_n * plan.block_k // plan.lanes
+        return 40 + (partial + step_bytes(op, plan) // 4) // threads + 16 * (plan.rows - 1)
+    tile = plan.rows * (op.weights * plan.block_n + (plan.block_k // 2 if op.norm else 0))
+    gram = plan.rows * plan.rows if plan.gram else 0
+    return 36 + (tile + gram) // threads
+
+
+def resident_blocks(op: MatmulFamily, plan: Plan, machine: Machine) -> int:
+    by_registers = REGISTERS_PER_SM // (registers(op, plan) * 32 * plan.num_warps)
+    by_shared = machine.shared_memory // shared_memory(op, plan)
+    return max(1, min(by_registers, by_shared, WARPS_PER_SM // plan.num_warps, BLOCKS_PER_SM))
+
+
+def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: int) -> Any:
+    """Predicted time where the kernel moves `moved` bytes (a number or sympy)."""
+    known = constants()
+    kind = known.kinds[plan.kind]
+    threads = 32 * plan.num_warps
+    blocks = math.ceil(int(op.n) / plan.block_n)
+    steps = math.ceil(int(op.k) / plan.block_k)
+    per_sm = math.ceil(blocks / machine.num_sms)
+    share = blocks / (machine.num_sms * min(resident_blocks(op, plan, machine), per_sm))
+    products = plan.rows * op.weights * plan.block_n * plan.block_k
+    latency = kind.step + kind.latency / max(1, plan.num_stages - 1)
+    latency += kind.byte_per_thread * step_bytes(op, plan) / threads + kind.multiply_add * products / threads
+    chain = max(1.0, (share + math.ceil(share)) / 2) * steps * latency
+    ordinary = plan.kind == "swap" and op.dtype == torch.float32  # no matrix unit multiplies in full float32
+    per_product = machine.num_sms / machine.vector_flops * 2 if ordinary else kind.product
+    work = per_sm * steps * (kind.x_element * plan.rows * plan.block_k + per_product * products)
+    start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
+    if norm_mode(op, plan) == "first":
+        start += known.statistics_step * math.ceil(int(op.k) / statistics_block(op, plan))
+    memory = moved / (machine.memory_bandwidth * known.reached)
+    if isinstance(memory, sympy.Expr):
+        # the 4-norm of a symbolic amount would be slow to solve for crossovers; over few rows the weights dominate
+        least = float(memory.subs(dict.fromkeys(memory.free_symbols, rows)))
+        return start + (least**4 + chain**4 + work**4) ** 0.25 + (memory - least)
+    return start + (memory**4 + chain**4 + work**4) ** 0.25

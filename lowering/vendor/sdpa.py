@@ -1,0 +1,213 @@
+"""Attention as one of torch's own scaled-dot-product kernels.
+
+Each backend is one ATen operator that Inductor calls as it stands, so what runs is known beforehand: no dispatcher
+chooses again. What a backend takes is written in the table; what it cannot take is refused with a sentence.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from fusion_compiler.amounts import Condition, amount
+from fusion_compiler.candidates import Candidate, Unavailable
+from fusion_compiler.cost import attention_seconds, attention_traffic
+from fusion_compiler.fused import Attention, Layout, Site
+from fusion_compiler.machine import Machine
+from fusion_compiler.splice import Builder
+
+aten = torch.ops.aten
+HALF = frozenset({torch.float16, torch.bfloat16})
+FLOAT = HALF | {torch.float32}
+
+# (query, key, value, mask, is_causal, scale) -> positional and keyword arguments of the operator
+Arguments = Callable[[Node, Node, Node, Node | None, bool, float], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One SDPA kernel and what it takes. `square_causal`: causal only for as many queries as keys."""
+
+    name: str
+    operator: Any
+    arguments: Arguments
+    kinds: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    head_dim: int
+    takes_mask: bool
+    grouped: bool  # reads fewer key/value heads than query heads
+    square_causal: bool = False
+    dim_multiple: int = 1
+    wider_values: bool = False  # v may have another width than q and k
+    capability: int = 0  # least compute capability (CUDA)
+    mask_per_head: bool = False  # the mask must have all of batch and heads
+    masked_rows: frozenset[torch.dtype] = frozenset()  # dtypes where rows with only finite fills average, as in eager
+
+
+BACKENDS = (
+    Backend(
+        "cudnn", aten._scaled_dot_product_cudnn_attention.default,
+        lambda q, k, v, mask, causal, scale: ((q, k, v, mask, False, 0.0, causal), {"scale": scale}),
+        frozenset({"cuda"}), HALF, 256, takes_mask=True, grouped=True, dim_multiple=8, capability=80,
+    ),
+    Backend(
+        "flash", aten._scaled_dot_product_flash_attention.default,
+        lambda q, k, v, mask, causal, scale: ((q, k, v, 0.0, causal), {"scale": scale}),
+        frozenset({"cuda", "rocm"}), HALF, 256, takes_mask=False, grouped=True, square_causal=True, dim_multiple=8,
+        capability=80,
+    ),
+    Backend(
+        "efficient", aten._scaled_dot_product_efficient_attention.default,
+        lambda q, k, v, mask, causal, scale: ((q, k, v, mask, False, 0.0, causal), {"scale": scale}),
+        frozenset({"cuda", "rocm"}), FLOAT, 512, takes_mask=True, grouped=False, dim_multiple=8, wider_values=True,
+        capability=50, mask_per_head=True,
+    ),
+    Backend(
+        "cpu_flash", aten._scaled_dot_product_flash_attention_for_cpu.default,
+        lambda q, k, v, mask, causal, scale: ((q, k, v, 0.0, causal), {"attn_mask": mask, "scale": scale}),
+        frozenset({"cpu"}), FLOAT, 65536, takes_mask=True, grouped=True,
+        masked_rows=frozenset({torch.float32, torch.bfloat16}),
+    ),
+)  # fmt: skip
+
+
+class VendorSdpa:
+    """torch's scaled-dot-product kernels, each a candidate of its own."""
+
+    name = "vendor.sdpa"
+
+    def candidates(self, op: Any, machine: Machine) -> list[Candidate] | Unavailable:
+        if not isinstance(op, Attention):
+            return Unavailable("torch's SDPA kernels compute attention only")
+        found, refusals = [], []
+        for backend in BACKENDS:
+            if machine.kind not in backend.kinds:
+                continue
+            offer = _offer(op, machine, backend)
+            if isinstance(offer, Candidate):
+                found.append(offer)
+            else:
+                refusals.append(f"{backend.name}: {offer}")
+        return found or Unavailable("; ".join(refusals) or f"torch has no SDPA kernel for {machine.kind}")
+
+
+def _offer(op: Attention, machine: Machine, backend: Backend) -> Candidate | str:
+    """The backend as a candidate, or why it cannot serve."""
+    refusal = _refusal(op, machine, backend)
+    if refusal:
+        return refusal
+    causal = _is_causal(op)
+    valid: Condition = True
+    if causal and backend.square_causal:
+        valid = _equal(op.q_len, op.kv_len)
+        if valid is False:
+            return "it aligns a causal mask to the last key, this one is aligned to the first"
+    masked = not causal and op.mask.kind != "none"
+    known = replace(op, mask=replace(op.mask, kind="tensor")) if masked else op
+    traffic = attention_traffic(known)
+    seconds = attention_seconds(known, machine, backend.name)
+    details = (("backend", backend.name), ("is_causal", causal), ("mask tensor", masked), ("grouped", _grouped(op)))
+    emit = partial(_emit, op, backend, causal, masked)
+    return Candidate(f"{VendorSdpa.name}.{backend.name}", str(backend.operator), traffic, seconds, emit, valid, details)
+
+
+def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
+    if op.softcap is not None:
+        return f"no SDPA kernel caps scores (softcap {op.softcap:g})"
+    if op.dtype not in backend.dtypes:
+        return f"it does not compute in {op.dtype}"
+    if machine.kind == "cuda" and machine.capability < backend.capability:
+        return f"it needs compute capability {backend.capability / 10}"
+    if op.head_dim > backend.head_dim or op.v_dim > backend.head_dim:
+        return f"head dimension {max(op.head_dim, op.v_dim)} exceeds {backend.head_dim}"
+    if backend.name == "cudnn" and machine.capability < 90 and op.head_dim > 128:
+        return f"head dimension {op.head_dim} exceeds 128, its limit before compute capability 9.0"
+    if op.head_dim % backend.dim_multiple or op.v_dim % backend.dim_multiple:
+        return f"head dimension {op.head_dim} is no multiple of {backend.dim_multiple}"
+    if op.v_dim != op.head_dim and not backend.wider_values:
+        return f"values are {op.v_dim} wide, queries {op.head_dim}"
+    if _grouped(op) and not backend.grouped:
+        return f"it needs as many key heads as query heads ({op.kv_heads} for {op.heads} here)"
+    if _is_causal(op) or op.mask.kind == "none":
+        return ""
+    if not backend.takes_mask:
+        return "it takes no mask tensor"
+    if op.mask.tensor == "none":
+        return f"the mask would have to be passed as one tensor, and there is none: {op.mask.proof}"
+    if op.mask.empty_rows == "mean" and not (op.mask.tensor == "additive" and op.dtype in backend.masked_rows):
+        return f"a row that sees no key averages all values in eager; it does not do so here: {op.mask.proof}"
+    if op.mask.empty_rows == "nan":
+        return f"a row that sees no key is NaN in eager and 0 in SDPA, and such rows may exist: {op.mask.proof}"
+    return ""
+
+
+def _grouped(op: Attention) -> bool:
+    return _equal(op.heads, op.kv_heads) is not True
+
+
+def _is_causal(op: Attention) -> bool:
+    """Whether the mask is the one that `is_causal` means: top-left, with nothing else."""
+    mask = op.mask
+    return mask.kind == "causal" and not mask.position and mask.window is None and amount_of(mask.offset) == 0
+
+
+def amount_of(size: Any) -> Any:
+    return size if isinstance(size, sympy.Basic) else amount(size)
+
+
+def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> Condition:
+    relation = sympy.Eq(amount(a), amount(b))
+    return bool(relation) if relation in (sympy.true, sympy.false) else relation
+
+
+# ---- emission -------------------------------------------------------------------------------------
+def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: Builder, site: Site) -> Node:
+    q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
+    if op.scale_operand:
+        q = builder.call(aten.mul.Tensor, q, site.operands[-1])
+    mask = _mask(op, backend, builder, site) if masked else None
+    positional, keywords = backend.arguments(q, k, v, mask, causal, op.scale)
+    called = builder.call(backend.operator, *positional, **keywords)
+    return arranged(builder, builder.call(operator.getitem, called, 0), op.out)
+
+
+def _mask(op: Attention, backend: Backend, builder: Builder, site: Site) -> Node:
+    """The mask tensor as SDPA kernels want it: additive, in the dtype of q, four-dimensional, not broadcast in its last
+    two dimensions."""
+    node = arranged(builder, site.operands[3], op.layouts[3])
+    if op.mask.tensor != "additive":
+        device = node.meta["val"].device
+        zero, infinite = (
+            builder.call(aten.full.default, [], value, dtype=op.dtype, device=device, pin_memory=False)
+            for value in (0.0, float("-inf"))
+        )
+        kept, dropped = (zero, infinite) if op.mask.tensor == "visible" else (infinite, zero)
+        node = builder.call(aten.where.self, node, kept, dropped)
+    batch, heads = (op.batch, op.heads) if backend.mask_per_head else node.meta["val"].shape[:2]
+    return expanded(builder, node, (batch, heads, op.q_len, op.kv_len))
+
+
+def arranged(builder: Builder, node: Node, layout: Layout) -> Node:
+    """`node` brought into a layout."""
+    if list(layout.order) != sorted(layout.order):
+        node = builder.reshape(node, layout.split)
+        node = builder.call(aten.permute.default, node, list(layout.order))
+    node = expanded(builder, builder.reshape(node, layout.merged), layout.shape)
+    if node.meta["val"].dtype != layout.dtype:
+        node = builder.call(torch.ops.prims.convert_element_type.default, node, layout.dtype)
+    return node
+
+
+def expanded(builder: Builder, node: Node, shape: tuple[int | torch.SymInt, ...]) -> Node:
+    """`node` broadcast to `shape`; the node itself where it has that shape."""
+    have = node.meta["val"].shape
+    if all(a is b or _equal(a, b) is True for a, b in zip(have, shape, strict=True)):
+        return node
+    return builder.call(aten.expand.default, node, list(shape))

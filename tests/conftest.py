@@ -1,0 +1,37 @@
+"""Shared by all tests: small functions as graphs, and reports that start empty."""
+
+from __future__ import annotations
+
+import os
+
+# Kernels run in Triton's interpreter here; it has to be chosen before triton is imported.
+if not os.environ.get("FUSION_COMPILER_TEST_GPU"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusion_compiler import report
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    monkeypatch.setattr(report, "_reports", [])
+
+
+@pytest.fixture
+def trace() -> Callable[..., GraphModule]:
+    """`trace(fn, *args, dynamic=False)`: fn as a graph of ATen operations with fake values."""
+
+    def trace(fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> GraphModule:
+        with torch.no_grad():
+            return make_fx(fn, tracing_mode="symbolic" if dynamic else "fake")(*args)
+
+    return trace

@@ -1,0 +1,181 @@
+"""Input that fused kernels do not take: the result is eager's, nothing is fused wrongly, and the report says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusion_compiler as fc
+from fusion_compiler.backend import fusion_compiler
+from fusion_compiler.report import Report
+
+K, N = 512, 384
+
+
+def gated_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1) @ v
+
+
+def run(fn: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Report]:
+    """The compiled result and its report, as decided for an H200 and executed by eager and Triton's interpreter."""
+    given = {"machine": "h200", "remainder": "eager", "strict": True, **options}
+    result = torch.compile(fn, backend=fusion_compiler, options=given)(*args)
+    report = fc.last_report()
+    assert report is not None
+    return result, report
+
+
+def weights(dtype: torch.dtype = torch.float16, n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, K, dtype=dtype) / K**0.5, torch.randn(n, K, dtype=dtype) / K**0.5
+
+
+def sentences(report: Report) -> str:
+    return "\n".join([*(d.reason for d in report.decisions), *(n.reason for n in report.near_misses), *report.notes])
+
+
+def no_worse_than_eager(result: torch.Tensor, fn: Callable[..., torch.Tensor], *args: torch.Tensor) -> None:
+    exact, eager = fn(*(a.double() for a in args)), fn(*args)
+    assert result.dtype == eager.dtype and result.shape == eager.shape and result.stride() == eager.stride()
+    assert (result - exact).abs().max() <= 1.5 * (eager - exact).abs().max() + torch.finfo(eager.dtype).tiny
+
+
+def test_float64_keeps_its_precision() -> None:
+    x, (gate, up) = torch.randn(1, K, dtype=torch.float64), weights(torch.float64)
+    result, report = run(gated_mlp, x, gate, up)
+    torch.testing.assert_close(result, gated_mlp(x, gate, up), rtol=1e-13, atol=1e-13)
+    assert not report.fused and "float64" in sentences(report)
+
+
+def test_complex_numbers() -> None:
+    def rotate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        z = torch.view_as_complex(x.reshape(4, -1, 2))
+        return torch.view_as_real(z @ w)
+
+    x, w = torch.randn(4, 16), torch.randn(8, 8, dtype=torch.complex64)
+    result, report = run(rotate, x, w)
+    torch.testing.assert_close(result, rotate(x, w), rtol=0, atol=0)
+    assert not report.fused and "complex" in sentences(report)
+
+
+@pytest.mark.parametrize("rows", [0, (0, 4), (4, 0)])
+def test_nothing_to_compute(rows: Any) -> None:
+    shape = (rows, K) if isinstance(rows, int) else (*rows, K)
+    x, (gate, up) = torch.randn(shape, dtype=torch.float16), weights()
+    result, report = run(gated_mlp, x, gate, up)
+    assert result.shape == (*shape[:-1], N) and result.dtype == torch.float16
+    assert not report.fused and "empty" in sentences(report)
+
+
+def test_attention_over_an_empty_batch() -> None:
+    q = torch.randn(0, 4, 64, 32)
+    result, report = run(attention, q, q, q)
+    assert result.shape == q.shape and not report.fused and "empty" in sentences(report)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(1, 2 * K, dtype=torch.float16)[:, ::2],
+        lambda: torch.randn(K, 4, dtype=torch.float16).t(),
+        lambda: torch.randn(4, 2 * K, dtype=torch.float16)[:, 3 : 3 + K],
+        lambda: torch.randn(1, K, dtype=torch.float16).expand(4, K),
+        lambda: torch.randn(2, K, 3, dtype=torch.float16).permute(0, 2, 1),
+    ],
+    ids=["every other column", "transposed", "a slice that starts anywhere", "expanded", "permuted"],
+)
+def test_odd_strides(make: Callable[[], torch.Tensor]) -> None:
+    x, (gate, up) = make(), weights()
+    result, _ = run(gated_mlp, x, gate, up, verify=True)
+    no_worse_than_eager(result, gated_mlp, x, gate, up)
+
+
+def test_odd_strides_of_weights() -> None:
+    x = torch.randn(1, K, dtype=torch.float16)
+    gate, up = torch.randn(N, 2 * K, dtype=torch.float16)[:, ::2] / K**0.5, weights()[0].t().contiguous().t()
+    result, _ = run(gated_mlp, x, gate, up)
+    no_worse_than_eager(result, gated_mlp, x, gate, up)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_square_weights_have_their_layout_in_their_strides(transposed: bool) -> None:
+    x, (gate, up) = torch.randn(1, K, dtype=torch.float16), weights(n=K)
+    if transposed:
+        gate, up = gate.t().contiguous().t(), up.t().contiguous().t()
+    result, _ = run(gated_mlp, x, gate, up)
+    no_worse_than_eager(result, gated_mlp, x, gate, up)
+
+
+class Mlp(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(K)
+        self.gate, self.up = torch.nn.Linear(K, N, bias=False), torch.nn.Linear(K, N, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return F.silu(self.gate(y)) * self.up(y)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_model_that_trains(rows: int) -> None:
+    model, x = Mlp(), torch.randn(rows, K)
+    eager = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    exact = Mlp().double()
+    exact.load_state_dict(model.state_dict())
+    reference = torch.autograd.grad(exact(x.double()).square().sum(), list(exact.parameters()))
+    before = len(fc.reports())
+    result, _ = run(model, x)
+    ours = torch.autograd.grad(result.square().sum(), list(model.parameters()))
+    for a, b, r in zip(ours, eager, reference, strict=True):
+        assert (a - r).abs().max() <= 1.5 * (b - r).abs().max() + 1e-6 * r.abs().max()
+    forward, backward = fc.reports()[before:]
+    assert "saved for backward" in sentences(forward)
+    assert backward.graph.endswith("(backward)")
+
+
+def test_graph_breaks() -> None:
+    def broken(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        y = gated_mlp(x, gate, up)
+        torch._dynamo.graph_break()
+        return gated_mlp(F.pad(y, (0, K - N)), gate, up)
+
+    x, (gate, up) = torch.randn(1, K, dtype=torch.float16), weights()
+    before = len(fc.reports())
+    result, _ = run(broken, x, gate, up)
+    no_worse_than_eager(result, broken, x, gate, up)
+    assert len(fc.reports()) == before + 2
+
+
+def test_an_intermediate_that_is_needed_elsewhere() -> None:
+    def leaks(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = F.linear(x, gate)
+        return F.silu(h) * F.linear(x, up), h
+
+    x, (gate, up) = torch.randn(1, K, dtype=torch.float16), weights()
+    (result, h), report = run(leaks, x, gate, up)
+    no_worse_than_eager(result, gated_mlp, x, gate, up)
+    torch.testing.assert_close(h, F.linear(x, gate), rtol=0, atol=0)
+    assert [d.verdict for d in report.decisions if d.pattern == "gated_mlp"] in ([], ["kept"])
+    assert "h" in sentences(report)
+
+
+def test_an_input_changed_in_place_between() -> None:
+    def changes(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        first = F.silu(F.linear(x, gate))
+        x.mul_(2)
+        return first * F.linear(x, up)
+
+    x, (gate, up) = torch.randn(1, K, dtype=torch.float16), weights()
+    mine, theirs = x.clone(), x.clone()
+    result, _ = run(changes, mine, gate, up)
+    expected = changes(theirs, gate, up)
+    torch.testing.assert_close(result, expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(mine, theirs)

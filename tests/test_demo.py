@@ -1,0 +1,49 @@
+"""The main job runs on a CPU from a plain checkout, in small, and its errors are those of eager."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(module: str, *flags: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_demo(phase: str, demo_output: str) -> None:
+    part = demo_output.partition(f"== {phase}")[2].partition("\n== ")[0]
+    assert "fusion_compiler for cpu" in part
+    rows = {m[1]: m for m in re.finditer(r"^\| (eager|inductor|ours) \| ([\d.]+) \| \S+ \| ([\d.e+-]+) \|", part, re.M)}
+    assert set(rows) == {"eager", "inductor", "ours"}
+    errors = {name: float(row[3]) for name, row in rows.items()}
+    assert 0 < errors["ours"] <= 1.5 * errors["eager"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def demo_output() -> str:
+    return run("benchmarks.demo", "--tiny", "--device", "cpu", "--rounds", "2")
+
+
+@pytest.mark.parametrize("table", ["gated_mlp", "attention", "llama"])
+def test_benchmarks_print_a_table_and_write_their_figures(table: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    only = {"gated_mlp": "M=1", "attention": "H4/2", "llama": "decode"}[table]
+    out = run(f"benchmarks.{table}", "--tiny", "--only", only, "--device", "cpu", "--rounds", "2", "--json", str(path))
+    assert out.startswith("| ") and "ours" in out and "failed" not in out
+    stored = json.loads(path.read_text())
+    assert stored["rows"] and stored["device"]["type"] == "cpu" and stored["versions"]["torch"]
+    assert stored["date"] and "commit" in stored and table in stored["command"]
