@@ -56,9 +56,7 @@ class Case:
 
     def op(self, m: int) -> MatmulFamily:
         epilogue = SWIGLU if self.weights == 2 else PRODUCT
-        return MatmulFamily(
-            m, self.k, self.n, self.weights, self.norm, epilogue, (), torch.bfloat16, torch.bfloat16
-        )
+        return MatmulFamily(m, self.k, self.n, self.weights, self.norm, epilogue, (), torch.bfloat16, torch.bfloat16)
 
 
 CASES = (
@@ -128,9 +126,7 @@ class Operands:
         return eager(self.case, x, g, b, [w.double() for w in self.weights[0]])
 
 
-def eager(
-    case: Case, x: torch.Tensor, g: torch.Tensor, b: torch.Tensor, weights: list[torch.Tensor]
-) -> torch.Tensor:
+def eager(case: Case, x: torch.Tensor, g: torch.Tensor, b: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     if case.norm.kind == "rms":
         wide = x if x.dtype == torch.float64 else x.float()
         y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + case.norm.eps)).to(x.dtype) * g

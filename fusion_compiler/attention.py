@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from . import axes
 from .attention_axes import Geometry, NotAttention, Parts
 from .axes import Atom, View
-from .contraction import Contraction, Operand, contraction
+from .contraction import PADDING, Contraction, Operand, contraction
 from .fused import Attention, Layout, Mask, Site, Size
 from .index_functions import Indexer
 from .masks import Extents, Proof, Term, prove
@@ -91,8 +91,8 @@ class _Finder:
             other = (strangers or products[1:])[0]
             raise NotAttention(
                 node,
-                f"the probabilities {node.name} are also read by {other.name} (returned, or saved for a backward pass), so they "
-                "must be written out anyway; output_attentions=False and torch.no_grad() free them",
+                f"the probabilities {node.name} are also read by {other.name} (returned or saved for a backward pass), "
+                "so they must be written out anyway; output_attentions=False and torch.no_grad() free them",
             )
         return self._of_softmax(found, above, products[0])
 
@@ -330,7 +330,7 @@ def _products(node: Node) -> tuple[list[Node], list[Node]]:
         user = stack.pop()
         if contraction(user) is not None:
             products.append(user)
-        elif axes.step(user) is not None or user.target in axes.CASTS:
+        elif axes.step(user) is not None or user.target in axes.CASTS or user.target in PADDING:
             stack.extend(user.users)
         elif user.target is torch.ops.aten.mul.Tensor and any(contraction(u) is not None for u in user.users):
             products += [u for u in user.users if contraction(u) is not None]

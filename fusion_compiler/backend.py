@@ -20,8 +20,8 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from . import layout, select, splice, verify
 from . import report as reporting
-from . import select, splice, verify
 from .candidates import Candidate, Unavailable
 from .config import Options
 from .fused import Site
@@ -81,12 +81,12 @@ def active_patterns(options: Options) -> tuple[AnyPattern, ...]:
 
 
 def _patches(options: Options) -> dict[str, Any]:
-    return {**inductor.modes()[options.mode or "default"], **(options.inductor or {})}
+    patches = {**inductor.modes()[options.mode or "default"], **(options.inductor or {})}
+    # verification reads its error back to the host, which no CUDA graph can hold
+    return {**patches, "triton.cudagraphs": False} if options.verify else patches
 
 
-def _compile(
-    gm: GraphModule, example_inputs: Sequence[Any], *, options: Options, label: str, **context: Any
-) -> Any:
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], *, options: Options, label: str, **context: Any) -> Any:
     """The last step of Inductor's pipeline: what pays is replaced in `gm`, the rest is Inductor's (or runs eagerly).
 
     Where a stage fails, `gm` is put back as it was and compiled as without us, and the report says so.
@@ -103,6 +103,8 @@ def _compile(
     report, original = planned.report, copy.deepcopy(gm.graph)
     try:
         with _stage("splice"):
+            if planned.chosen and options.remainder == "inductor":
+                check_device(gm, machine(options.machine) if options.machine else None)
             hold_ranges(gm, planned.judged)
             splice_all(gm, planned.chosen, options)
         with _stage("compile"):
@@ -267,6 +269,16 @@ def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:
     return result
 
 
+def check_device(gm: GraphModule, target: Machine | None) -> None:
+    """Refuses to put kernels for one kind of machine into a graph that runs on another."""
+    device = device_of(gm)
+    if target is not None and (target.kind == "cpu") != (device == "cpu"):
+        raise ValueError(
+            f"the decisions are for {target.name}, but the graph runs on {device}; leave out the option `machine`, "
+            "or use `explain` to see the decisions alone"
+        )
+
+
 def hold_ranges(gm: GraphModule, judged: Sequence[Judged]) -> None:
     """Installs guards so that sizes for which a verdict would be another are compiled anew."""
     for span in {j.span for j in judged if j.span is not None}:
@@ -280,7 +292,7 @@ def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> N
         assert j.candidate is not None, "only a kept verdict has no candidate"
         site = dataclasses.replace(j.site, operands=tuple(moved.get(n, n) for n in j.site.operands))
         builder = splice.Builder(gm, site.output)
-        new = splice.fit(builder, site, j.candidate.emit(builder, site))
+        new = layout.fit(builder, site, j.candidate.emit(builder, site))
         if options.verify:
             new = verify.compare(gm, site.output, new, j.note_error, strict=options.strict, name=j.decision.where)
         moved[site.output] = splice.replace(site, new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import sympy
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .splice import Builder
 
-Amount = int | float | sympy.Expr
+Amount: TypeAlias = int | float | sympy.Expr
 
 
 @dataclass(frozen=True)

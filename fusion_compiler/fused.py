@@ -82,12 +82,13 @@ class Mask:
     """What is known about which keys a query may see, beyond the bounds of the tensors.
 
     none:    every key.
-    causal:  query i sees keys j <= i + offset (+ position). Offset 0 without position is top-left causal, torch's `is_causal`.
+    causal:  query i sees keys j <= i + offset (+ position). Offset 0 without position is
+             top-left causal, torch's `is_causal`.
     length:  every query sees keys j <= offset (+ position): static-cache decode.
     tensor:  what the mask tensor says.
 
-    `position` tells that a device-side integer scalar is added to the offset: the site's operand of that name. Unless the
-    kind is none or causal without a position, the mask is also there as a tensor operand that says the same.
+    `position` tells that a device-side integer scalar is added to the offset: the site's operand of that name. Unless
+    the kind is none or causal without a position, the mask is also there as a tensor operand that says the same.
     """
 
     kind: Literal["none", "causal", "length", "tensor"]
@@ -95,8 +96,8 @@ class Mask:
     window: int | None = None  # sliding window: also j > i + offset − window
     position: bool = False
     tensor: Literal["none", "additive", "visible", "hidden"] = "none"  # mask operand: added, or True = visible, hidden
-    empty_rows: Literal["none", "mean", "nan", "zero"] = "nan"  # rows that see no key: proved that there is none, or what
-    # the graph gives for them (NaN too where that is not known)
+    # rows that see no key: proved that there is none, or what the graph gives for them (NaN also where unknown)
+    empty_rows: Literal["none", "mean", "nan", "zero"] = "nan"
     proof: str = ""  # a sentence: how the mask was recognised
 
 
@@ -104,8 +105,8 @@ class Mask:
 class Layout:
     """How an operand becomes the tensor that its fused op documents, without a copy where strides allow.
 
-    reshape to `split`, permute by `order`, reshape to `merged`, expand to `shape`, cast to `dtype`; each step is left out
-    where it changes nothing.
+    reshape to `split`, permute by `order`, reshape to `merged`, expand to `shape`, cast to `dtype`; each step is
+    left out where it changes nothing.
     """
 
     split: tuple[Size, ...]

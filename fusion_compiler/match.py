@@ -34,7 +34,7 @@ class Match:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """The root of a pattern was there but not the rest: the node that broke it, and why, in a sentence with the cure."""
+    """The root of a pattern was there but not the rest: the node that broke it, and why, in a sentence."""
 
     pattern: str
     node: Node

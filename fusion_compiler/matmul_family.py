@@ -14,7 +14,8 @@ from torch.fx import Node
 from .algebra import POINTWISE, Value
 from .fused import Extra, MatmulFamily, RowNorm, Site
 from .norms import NORMS
-from .semantics import Product, SemanticView, extent, shape_of
+from .semantics import SemanticView
+from .shapes import Product, extent, shape_of
 from .sites import holding, interior_between, site_of
 
 _EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
@@ -140,7 +141,7 @@ def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] |
 def _folded_norm(
     view: SemanticView, x: Value, x_node: Node, k: object
 ) -> tuple[RowNorm, tuple[Node, ...], Node] | None:
-    """The norm that produces x, the nodes to read its input, weight and bias from, and the node that holds its result."""
+    """The norm that produces x, the nodes of its input, weight and bias, and the node that holds its result."""
     if x.op not in NORMS or x.attr("size") != k:
         return None
     dtype = x_node.meta["val"].dtype

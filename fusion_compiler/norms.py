@@ -39,7 +39,7 @@ def normalise_sum(algebra: Algebra, terms: Sequence[Value]) -> Value:
 
 
 def _constant(factors: Sequence[Value]) -> float:
-    return math.prod(f.attr("value") for f in factors if f.op == "const")
+    return float(math.prod(f.attr("value") for f in factors if f.op == "const"))
 
 
 def _mean_of_sum(algebra: Algebra, factors: list[Value]) -> list[Value]:
@@ -47,7 +47,11 @@ def _mean_of_sum(algebra: Algebra, factors: list[Value]) -> list[Value]:
     for f in factors:
         total = f.args[0] if f.op == "bcast" else f
         size = total.attr("size")
-        if total.op != "sum" or not isinstance(size, int) or not math.isclose(_constant(factors) * size, 1.0, rel_tol=1e-6):
+        if (
+            total.op != "sum"
+            or not isinstance(size, int)
+            or not math.isclose(_constant(factors) * size, 1.0, rel_tol=1e-6)
+        ):
             continue
         mean = algebra.make("mean", total.args[0], size=size)
         mean = algebra.bcast(mean, f.attr("groups")) if f.op == "bcast" else mean
@@ -75,7 +79,10 @@ def _norm(algebra: Algebra, factors: list[Value]) -> list[Value] | None:
             for f in rest:
                 mean, x = _centred(f)
                 if mean is not None and x is statistic.args[0] and mean.attr("size") == statistic.attr("size"):
-                    return [*(g for g in rest if g is not f), _unweighted(algebra, "layer_norm", x, eps, statistic, scale)]
+                    return [
+                        *(g for g in rest if g is not f),
+                        _unweighted(algebra, "layer_norm", x, eps, statistic, scale),
+                    ]
     return None
 
 
@@ -127,7 +134,10 @@ def _weight(algebra: Algebra, factors: list[Value]) -> list[Value] | None:
         if weight.op == "add" and len(weight.args) == 2 and weight.args[0].op == "const":
             offset, weight = weight.args[0].attr("value"), weight.args[1]
         attrs = {**dict(norm.attrs), "offset": offset}
-        return [*(g for g in factors if g is not f and g is not norm), algebra.make(norm.op, norm.args[0], weight, **attrs)]
+        return [
+            *(g for g in factors if g is not f and g is not norm),
+            algebra.make(norm.op, norm.args[0], weight, **attrs),
+        ]
     return None
 
 

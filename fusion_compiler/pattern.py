@@ -66,7 +66,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A declared pattern. `constraints` look at the fused op and say in a sentence why it is refused, or return None."""
+    """A declared pattern. `constraints` look at the fused op and say why it is refused, or return None."""
 
     name: str
     function: Callable[..., Any]
@@ -108,7 +108,9 @@ class Pattern:
         near_misses = [n for value, n in missed if not any(a in matched for a in value.args)]
         return [m for found in matched.values() for m in found], near_misses
 
-    def _at(self, view: SemanticView, value: Value, output: Any, variants: Sequence[Variant]) -> Match | NearMiss | None:
+    def _at(
+        self, view: SemanticView, value: Value, output: Any, variants: Sequence[Variant]
+    ) -> Match | NearMiss | None:
         shape = output.meta["val"].shape
         single_row = all(s == 1 for s in shape[:-1] if not isinstance(s, torch.SymInt)) and not any(
             isinstance(s, torch.SymInt) for s in shape[:-1]
@@ -203,10 +205,11 @@ def trace(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch
 def _raise(function: Callable[..., Any], arguments: dict[str, Any]) -> Variant:
     tensors = {name: a for name, a in arguments.items() if isinstance(a, torch.Tensor)}
     fixed = {name: a for name, a in arguments.items() if name not in tensors}
-    graph_module = trace(lambda *values: function(**dict(zip(tensors, values, strict=True)), **fixed), [*tensors.values()])
+    graph_module = trace(
+        lambda *values: function(**dict(zip(tensors, values, strict=True)), **fixed), [*tensors.values()]
+    )
     view = SemanticView(graph_module)
     inputs = graph_module.graph.find_nodes(op="placeholder")
     parameters = {view.value(n): name for n, name in zip(inputs, tensors, strict=True)}
     root = view.value(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
     return Variant(root, parameters)
-

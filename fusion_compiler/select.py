@@ -69,9 +69,7 @@ def _largest_first(conflicts: nx.Graph, items: Sequence[Item]) -> list[int]:
     return chosen
 
 
-def _without_cycles(
-    chosen: list[int], items: Sequence[Item], edges: list[tuple[Hashable, Hashable]]
-) -> list[int]:
+def _without_cycles(chosen: list[int], items: Sequence[Item], edges: list[tuple[Hashable, Hashable]]) -> list[int]:
     """`chosen` less the smallest savings that stand on a cycle once every fusion is one node."""
     while edges:
         gone = {node: items[i].output for i in chosen for node in items[i].exclusive}

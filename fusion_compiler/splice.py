@@ -2,8 +2,8 @@
 
 `Builder` adds nodes before a given one. Each gets its fake value (`meta["val"]`) by running its target under the
 graph's fake mode, so symbolic sizes work, and the provenance of the node it helps to replace, so that Inductor's names
-and stack traces point at the user's line. `fit` checks that a new node has the shape, dtype, device and strides of what
-it is to replace, `replace` exchanges them.
+and stack traces point at the user's line. `layout.fit` checks that a new node has the shape, dtype, device and strides
+of what it is to replace; `replace` exchanges them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
-import sympy
 import torch
 import torch.fx
 from torch.fx import GraphModule, Node
@@ -51,11 +50,15 @@ class Builder:
             node = self.gm.graph.call_function(target, args, kwargs)
         node.meta.update({k: self.origin.meta[k] for k in PROVENANCE if k in self.origin.meta})
         value_args, value_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
-            node.meta["val"] = target(*value_args, **value_kwargs)
+        node.meta["val"] = self.value(target, *value_args, **value_kwargs)
         if isinstance(node.meta["val"], torch.Tensor):
             node.meta["tensor_meta"] = torch.fx.passes.shape_prop._extract_tensor_metadata(node.meta["val"])
         return node
+
+    def value(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `target` gives on fake values."""
+        with self.fake_mode, torch.no_grad():
+            return target(*args, **kwargs)
 
     def scalar(self, value: int | torch.SymInt) -> int | Node:
         """A size as an argument of a node: an int, or a node of the graph that holds the symbolic value."""
@@ -158,29 +161,6 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y or statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
-def fit(builder: Builder, site: Site, new: Node) -> Node:
-    """`new` in the layout of `site.output`, for which later nodes were traced; refused where it is another tensor.
-
-    Shape, dtype and device must be equal. Where only the strides differ, the data is copied into the old layout.
-    """
-    old = site.output
-    want, have = old.meta["val"], new.meta["val"]
-    for what, a, b in (("dtype", want.dtype, have.dtype), ("device", want.device, have.device)):
-        if a != b:
-            raise SpliceError(f"the replacement of {old.name} has {what} {b}, the original has {a}")
-    if not same_sizes(want.shape, have.shape):
-        raise SpliceError(f"the replacement of {old.name} has shape {tuple(have.shape)}, not {tuple(want.shape)}")
-    if same_strides(want, have):
-        return new
-    copied = _in_layout_of(builder, new, want)
-    if not same_strides(want, copied.meta["val"]):
-        raise SpliceError(
-            f"the replacement of {old.name} has strides {have.stride()}, the original has {want.stride()}, "
-            "which no permutation of contiguous data has"
-        )
-    return copied
-
-
 def replace(site: Site, new: Node) -> Node:
     """Puts `new`, which must fit, in the place of `site.output`. What became unused is left for `clean`."""
     site.output.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -195,24 +175,6 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
         statically_known_true(x == y) or statically_known_true(size == 1)
         for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True)
     )
-
-
-def _in_layout_of(builder: Builder, node: Node, like: torch.Tensor) -> Node:
-    """`node` copied so that its dimensions lie in memory in the order they have in `like`."""
-    strides = [_hint(s) for s in like.stride()]
-    order = sorted(range(like.dim()), key=lambda d: strides[d], reverse=True)
-    inverse = [order.index(d) for d in range(like.dim())]
-    permuted = builder.call(aten.permute.default, node, order)
-    dense = builder.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
-    return builder.call(aten.permute.default, dense, inverse)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """A number to sort by: the size itself or the example value that a symbolic size was traced with."""
-    if isinstance(size, int):
-        return size
-    expr = size.node.expr
-    return int(size.node.hint) if size.node.hint is not None else len(sympy.Mul.make_args(expr))
 
 
 def clean(gm: GraphModule) -> None:

@@ -19,7 +19,7 @@ _FREE = frozenset({"size", "groups", "eps", "offset", "single", "kn", "shape"})
 
 @dataclass(frozen=True)
 class Furthest:
-    """Where matching stopped: `matched` are the pattern's operations that had matched, `wanted` the one that did not."""
+    """Where matching stopped: `matched` are the operations that had matched, `wanted` the one that did not."""
 
     matched: tuple[Value, ...]
     wanted: Value
@@ -60,7 +60,7 @@ class Unifier:
             return self._match(pattern.args[0], value)  # in one row, repeating along rows is nothing
         if pattern.op != value.op or len(pattern.args) != len(value.args) or not _same_attributes(pattern, value):
             return self._fail(pattern, value)
-        before, bound = len(self._matched), dict(self._bound)
+        before, binding = len(self._matched), dict(self._bound)
         self._matched.append(pattern)
         if pattern.op in _COMMUTATIVE:
             matched = self._in_any_order(list(pattern.args), list(value.args))
@@ -68,7 +68,7 @@ class Unifier:
             matched = all(self._match(p, v) for p, v in zip(pattern.args, value.args, strict=True))
         if not matched:
             del self._matched[before:]
-            self._bound = bound
+            self._bound = binding
         return matched
 
     def _in_any_order(self, patterns: list[Value], values: list[Value]) -> bool:
@@ -78,21 +78,23 @@ class Unifier:
         first = max(patterns, key=lambda p: 0 if p in self._parameters else 1 + sum(1 for _ in p.walk()))
         rest = [p for p in patterns if p is not first]
         for candidate in values:
-            before, bound = len(self._matched), dict(self._bound)
+            before, binding = len(self._matched), dict(self._bound)
             if self._match(first, candidate):
                 others = list(values)
                 others.remove(candidate)
                 if self._in_any_order(rest, others):
                     return True
             del self._matched[before:]
-            self._bound = bound
+            self._bound = binding
         return False
 
     def _fail(self, wanted: Value, found: Value, bound: Value | None = None) -> bool:
         if self.furthest is None or len(self._matched) > self.furthest.depth:
             if bound is not None:
                 name = self._parameters[wanted]
-                reason = f"`{name}` is {describe(bound)} in one place and {describe(found)} here; it must be the same tensor"
+                reason = (
+                    f"`{name}` is {describe(bound)} in one place and {describe(found)} here; it must be the same tensor"
+                )
             else:
                 reason = f"{describe(wanted)} was expected here, and this is {describe(found)}"
             self.furthest = Furthest(tuple(self._matched), wanted, found, reason)
@@ -124,7 +126,11 @@ def _reduces(value: Value, steps: int = 5) -> bool:
     """Whether `value` is arithmetic on a row statistic, as every norm is."""
     if value.op in _REDUCTIONS | _NORMS:
         return True
-    return steps > 0 and value.op in ("add", "mul", "pow", "bcast", "cast") and any(_reduces(a, steps - 1) for a in value.args)
+    return (
+        steps > 0
+        and value.op in ("add", "mul", "pow", "bcast", "cast")
+        and any(_reduces(a, steps - 1) for a in value.args)
+    )
 
 
 _NAMES = {

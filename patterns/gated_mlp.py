@@ -6,6 +6,8 @@ folded in where there is one. Saved per call: the two [M, N] intermediates, writ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,6 @@ def gated_mlp(
     w_up: Tensor,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
-    act=choice(F.silu, F.gelu, gelu_tanh, F.relu, torch.sigmoid, relu_squared),  # type: ignore[no-untyped-def] # noqa: B008
+    act: Callable[[Tensor], Tensor] = choice(F.silu, F.gelu, gelu_tanh, F.relu, torch.sigmoid, relu_squared),  # noqa: B008
 ) -> Tensor:
     return act(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)

@@ -6,12 +6,16 @@ kernel and no pass over x. Saved per call: the norm's read and write of [M, K] a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusion_compiler.fused import FusedOp, MatmulFamily, Site
 from fusion_compiler.pattern import Example, choice, pattern
+
+Norm = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def rms(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -48,6 +52,6 @@ def norm_linear(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     bias: Tensor | None = None,
-    norm=choice(rms, layer),  # type: ignore[no-untyped-def] # noqa: B008
+    norm: Norm = choice(rms, layer),  # noqa: B008
 ) -> Tensor:
     return F.linear(norm(x, norm_weight, norm_bias), w, bias)

@@ -35,7 +35,10 @@ MODELS: dict[str, Zoo] = {
     "gemma": Zoo("GemmaConfig", "GemmaForCausalLM", {**GROUPED, "head_dim": 16}),
     "gemma2": Zoo("Gemma2Config", "Gemma2ForCausalLM", {**GROUPED, "head_dim": 16, "sliding_window": 8}),
     "phi3": Zoo("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
-    "gpt2": Zoo("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 128}),
+    "gpt2": Zoo(
+        "GPT2Config", "GPT2LMHeadModel",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 128},
+    ),
     "gpt_neox": Zoo("GPTNeoXConfig", "GPTNeoXForCausalLM", SMALL),
     "falcon": Zoo("FalconConfig", "FalconForCausalLM", SMALL),
     "bloom": Zoo("BloomConfig", "BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}),

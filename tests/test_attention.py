@@ -17,10 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fusion_compiler.attention import find_attention
 from fusion_compiler.candidates import Candidate
 from fusion_compiler.fused import Attention
+from fusion_compiler.layout import fit
 from fusion_compiler.lowering.vendor.sdpa import VendorSdpa
 from fusion_compiler.machine import machine
 from fusion_compiler.match import Match
-from fusion_compiler.splice import Builder, clean, fit, replace
+from fusion_compiler.splice import Builder, clean, replace
 
 Function = Callable[..., Any]
 
@@ -172,6 +173,31 @@ def test_grouped_product_broadcasts_over_the_group() -> None:
     op = rewrite(gm)
     assert (op.heads, op.kv_heads, op.q_len, op.mask.kind) == (8, 2, 11, "causal")
     check(fn, gm, *args)
+
+
+def test_products_padded_to_aligned_sizes() -> None:
+    """As Inductor pads bmm on GPUs."""
+
+    def padded_bmm(a: Tensor, b: Tensor) -> Tensor:
+        m, k, n = (-size % 8 for size in (a.shape[1], a.shape[2], b.shape[2]))
+        a = torch.ops.aten.constant_pad_nd(a, [0, k, 0, m, 0, 0])
+        b = torch.ops.aten.constant_pad_nd(b, [0, n, 0, k, 0, 0])
+        padded = torch.bmm(a, b)
+        return padded[:, : padded.shape[1] - m, : padded.shape[2] - n]
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b, c = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
+        s = padded_bmm(a, b.transpose(1, 2)).view(*q.shape[:3], k.shape[2]) * 0.25
+        p = s.masked_fill(spell.hidden(q, k), -math.inf).softmax(-1)
+        return padded_bmm(p.view(-1, *p.shape[2:]), c).view(q.shape)
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return spell.repeated_by_expand(core, q, k, v)
+
+    for args in (heads(2, 4, 2, 17, 17, 16), heads(2, 4, 2, 16, 16, 12)):
+        gm = trace(fn, *args)
+        assert rewrite(gm).mask.kind == "causal"
+        check(fn, gm, *args)
 
 
 def test_group_moved_next_to_a_single_query() -> None:
@@ -388,7 +414,7 @@ def test_backends_of_a_gpu_that_is_not_here() -> None:
     assert offers(op, "v100") == []
     single = only(trace(spell.masked_fill_triu, *heads(2, 4, 4, 64, 64, 64))).op
     assert isinstance(single, Attention)
-    assert offers(single, "h200") == ["efficient"]
+    assert offers(single, "h200") == []  # in float32 the efficient kernel errs up to twice as much as eager
     uneven = only(trace(spell.masked_fill_triu, *heads(2, 4, 4, 32, 64, 64, torch.bfloat16))).op
     assert isinstance(uneven, Attention)
     assert "flash" not in offers(uneven, "h200")  # it would align the diagonal to the last key

@@ -179,3 +179,10 @@ def test_an_input_changed_in_place_between() -> None:
     expected = changes(theirs, gate, up)
     torch.testing.assert_close(result, expected, rtol=2e-3, atol=2e-3)
     assert torch.equal(mine, theirs)
+
+
+def test_kernels_for_a_machine_that_the_graph_does_not_run_on() -> None:
+    x, (gate, up) = torch.randn(1, K, dtype=torch.float16), weights()
+    result, report = run(gated_mlp, x, gate, up, remainder="inductor", strict=False)
+    no_worse_than_eager(result, gated_mlp, x, gate, up)
+    assert not report.fused and "the decisions are for h200, but the graph runs on cpu" in report.failures[0].error

@@ -50,7 +50,7 @@ def test_an_intermediate_used_elsewhere(trace: Trace) -> None:
     mm = gm.graph.find_nodes(op="call_function", target=aten.mm.default)[0]
     mm.meta["stack_trace"] = '  File "model.py", line 3, in forward\n    y = x @ w\n'
     reason = refusal(gm, whole(gm, aten.tanh.default))
-    assert 'mm (model.py:3) is also used by add' in reason
+    assert "mm (model.py:3) is also used by add" in reason
     assert "compute it twice" in refusal(gm, whole(gm, aten.tanh.default, (mm,)))
 
 
@@ -107,9 +107,7 @@ def test_a_write_inside_the_region(trace: Trace) -> None:
         (lambda: torch.randn(0, 4), "empty"),
     ],
 )
-def test_values_that_fused_kernels_do_not_handle(
-    trace: Trace, make: Callable[[], torch.Tensor], words: str
-) -> None:
+def test_values_that_fused_kernels_do_not_handle(trace: Trace, make: Callable[[], torch.Tensor], words: str) -> None:
     gm = trace(lambda x: torch.tanh(x * 2), make())
     assert words in refusal(gm, whole(gm, aten.tanh.default))
 

@@ -77,11 +77,7 @@ def test_causal(name: str) -> None:
     assert mask.empty_rows == "none"
 
 
-NOT_def packs() -> Tensor:
-    return torch.zeros(8).cumsum(0)
-
-
-CAUSAL = {
+NOT_CAUSAL = {
     "strictly below": lambda: columns(8) < rows(8),
     "above": lambda: columns(8) >= rows(8),
     "only itself": lambda: columns(8) == rows(8),

@@ -1,4 +1,4 @@
-"""Every built-in pattern's examples: those that must match do, and compute what eager computes; the others are refused."""
+"""Every built-in pattern's examples: those that must match do, the others are refused with a reason."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fusion_compiler.pattern import trace
-from fusion_compiler.semantics import SemanticView, broadcast_groups
+from fusion_compiler.semantics import SemanticView
+from fusion_compiler.shapes import broadcast_groups
 
 
 def raised(function, *inputs):
@@ -76,7 +77,10 @@ RMS = {
 LAYER = {
     "library": lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, eps=1e-5),
     "hand": lambda x, w, b: (
-        (x - x.mean(-1, keepdim=True)) / torch.sqrt(((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True) + 1e-5) * w + b
+        (x - x.mean(-1, keepdim=True))
+        / torch.sqrt(((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True) + 1e-5)
+        * w
+        + b
     ),
     "var": lambda x, w, b: (
         b + w * ((x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5))
@@ -99,7 +103,9 @@ def test_layer_norm_spellings(name, shape):
 
 
 def test_gemma_weight_is_an_offset():
-    value = raised(lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + w), rows(), torch.randn(8))
+    value = raised(
+        lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + w), rows(), torch.randn(8)
+    )
     assert value.startswith("rms_norm(a, b, eps=1e-06, offset=1.0")
 
 

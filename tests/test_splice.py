@@ -10,13 +10,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusion_compiler.fused import Site
-from fusion_compiler.splice import Builder, SpliceError, clean, fit, load_kernel, replace
+from fusion_compiler.layout import fit
+from fusion_compiler.splice import Builder, SpliceError, clean, load_kernel, replace
 from fusion_compiler.torch_private import kernel_nodes
 
 aten = torch.ops.aten
 Trace = Callable[..., GraphModule]
 
-AXPY = '''
+AXPY = """
 import triton
 import triton.language as tl
 
@@ -27,7 +28,7 @@ def axpy(x_ptr, y_ptr, out_ptr, n, alpha, BLOCK: tl.constexpr, DTYPE: tl.constex
     x = tl.load(x_ptr + offsets, mask=inside).to(DTYPE)
     y = tl.load(y_ptr + offsets, mask=inside).to(DTYPE)
     tl.store(out_ptr + offsets, alpha * x + y, mask=inside)
-'''
+"""
 
 
 def node(gm: GraphModule, target: object) -> Node:
@@ -197,3 +198,62 @@ def test_unknown_and_missing_kernel_arguments_are_named(trace: Trace) -> None:
         builder.triton(load_kernel(AXPY, "axpy"), [1], {"size": 3, "x_ptr": 1}, ["out_ptr"])
     with pytest.raises(SpliceError, match="no kernel named 'gemm'"):
         load_kernel(AXPY, "gemm")
+
+
+def transposed_sum(x: torch.Tensor) -> torch.Tensor:
+    """Replaced below by a kernel that writes its rows where the columns were."""
+    y = x + 1
+    return y.transpose(1, 2).contiguous().view(y.shape[0], -1) * 2
+
+
+def test_a_copy_that_the_new_layout_makes_needless_is_none(trace: Trace) -> None:
+    x = torch.randn(2, 3, 4)
+    gm = trace(transposed_sum, x)
+    out = node(gm, aten.add.Tensor)
+    builder = Builder(gm, out)
+    swapped = builder.contiguous(builder.call(aten.transpose.int, out.args[0], 1, 2))
+    new = builder.call(aten.transpose.int, builder.call(aten.add.Tensor, swapped, 1), 1, 2)
+    assert new.meta["val"].stride() != out.meta["val"].stride()
+    assert fit(builder, site(out), new) is new
+    replace(site(out), new)
+    clean(gm)
+    assert torch.equal(gm(x), transposed_sum(x))
+    clone = [n for n in gm.graph.nodes if n.target is aten.clone.default][-1]
+    source = clone.args[0]
+    assert isinstance(source, Node) and source.meta["val"].stride() == clone.meta["val"].stride(), "Inductor drops it"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y: y,
+        lambda y: y.transpose(1, 2),
+        lambda y: torch.as_strided(y, (3, 2), (1, 3)) * 2,
+    ],
+    ids=["returned", "returned as a view", "read by strides"],
+)
+def test_strides_that_matter_are_restored(trace: Trace, after: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.randn(2, 3, 4)
+    gm = trace(lambda x: after(x + 1), x)
+    out = node(gm, aten.add.Tensor)
+    builder = Builder(gm, out)
+    swapped = builder.contiguous(builder.call(aten.transpose.int, out.args[0], 1, 2))
+    new = builder.call(aten.transpose.int, builder.call(aten.add.Tensor, swapped, 1), 1, 2)
+    fitted = fit(builder, site(out), new)
+    assert fitted is not new and fitted.meta["val"].stride() == out.meta["val"].stride()
+    replace(site(out), fitted)
+    clean(gm)
+    assert torch.equal(gm(x), after(x + 1)) and gm(x).stride() == after(x + 1).stride()
+
+
+def test_a_view_that_the_new_layout_does_not_allow_becomes_a_reshape(trace: Trace) -> None:
+    x = torch.randn(2, 3, 4)
+    gm = trace(lambda x: (x + 1).view(6, 4).sum(0), x)
+    out = node(gm, aten.add.Tensor)
+    builder = Builder(gm, out)
+    swapped = builder.contiguous(builder.call(aten.permute.default, out.args[0], [1, 2, 0]))
+    new = builder.call(aten.permute.default, builder.call(aten.add.Tensor, swapped, 1), [2, 0, 1])
+    assert fit(builder, site(out), new) is new
+    replace(site(out), new)
+    clean(gm)
+    torch.testing.assert_close(gm(x), (x + 1).view(6, 4).sum(0), rtol=1e-6, atol=1e-6)

@@ -133,9 +133,7 @@ def emit(op: MatmulFamily, plan: Plan, builder: Builder, site: Site) -> Node:
     arguments |= constexprs(op, plan, x_stride, strides.pop())
     kernel = load_kernel(source.text, source.name)
     grid = [math.ceil(int(op.n) / plan.block_n)]
-    launched = builder.triton(
-        kernel, grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages
-    )
+    launched = builder.triton(kernel, grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages)
     return launched["out"]
 
 
@@ -158,5 +156,3 @@ def _rows(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:
     if len(spread) == 1 and spread[0] == (columns, 1):
         return columns, node
     return columns, builder.contiguous(node)
-
-

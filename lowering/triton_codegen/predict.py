@@ -42,9 +42,9 @@ GEMV_ROWS = 4  # more rows need more registers than a thread has
 
 @dataclass(frozen=True)
 class KindConstants:
-    """Seconds: `start` before the first and after the last step, `row` for each row of x after the first, `latency` of memory, `step` at least,
-    `byte_per_thread` of a weight tile and `multiply_add` per thread add to a step; `x_element` per element of x per
-    block, `product` per multiply-add occupy the SM."""
+    """Seconds. `start`: before the first and after the last step, with `row` for each row of x after the first; `step`:
+    least latency of a step, to which `latency` of memory, `byte_per_thread` of a weight tile and `multiply_add` per
+    thread add; `x_element`, per element of x per block, and `product`, per multiply-add, occupy the SM."""
 
     start: float
     row: float
@@ -104,7 +104,7 @@ def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]
         if block_k > longest or (stages == 2 and machine.shared_memory > SMALL_SHARED_MEMORY):
             continue
         # Few rows, one row of warps: mma with both operands in registers, where the Gram diagonal is nearly free.
-        few = block_n <= 32 or (padded == 8 and block_k <= 128)
+        few = block_n <= 32 or (padded == 8 and (block_n, block_k) == (128, 128))
         if padded <= 16 and few and warps == max(1, min(block_n // 16, 8 if block_n == 128 else 4)):
             plan = Plan("swap", padded, block_n, block_k, warps, stages)
             yield replace(plan, gram=norm_mode(op, plan) == "folded" and op.dtype != torch.float32)

@@ -92,7 +92,6 @@ class _Writer:
         self.lines: list[str] = []
         self.level = 1
         self.mode = norm_mode(op, plan)
-        self.all_rows = known.m == plan.rows
         norm = op.norm
         self.tensors = (
             "x",
@@ -193,8 +192,12 @@ def _mask(bounds: list[str], other: str = ", other=0.0") -> str:
 class _Gemv(_Writer):
     """Multiply-adds; names ending in _r belong to row r of x."""
 
+    @property
+    def rows(self) -> int:
+        return self.plan.rows if self.known.m is None else self.known.m
+
     def bounds(self, r: int) -> list[str]:
-        return [] if self.all_rows else [f"({r} < M)"]
+        return [f"({r} < M)"] if self.known.m is None else []
 
     def x(self, r: int) -> str:
         inside = [*self.bounds(r), *([] if self.known.even_k else ["k_in"])]
@@ -206,7 +209,7 @@ class _Gemv(_Writer):
         even = int(self.op.k) % block == 0
         count = min(int(self.op.k), block)
         self.emit(f"j = tl.arange(0, {block})")
-        for r in range(self.plan.rows):
+        for r in range(self.rows):
             inside = [*self.bounds(r), *([] if even else ["(j < K)"])]
             head = f"tl.load(x + {r} * x_stride + j{_mask(inside)}).to(tl.float32)"
             self.emit(f"near_{r} = tl.sum({head}, 0) / {count}")
@@ -214,13 +217,13 @@ class _Gemv(_Writer):
         self.emit(f"for start in range(0, K, {block}):")
         self.level += 1
         self.emit(f"j = start + tl.arange(0, {block})")
-        for r in range(self.plan.rows):
+        for r in range(self.rows):
             inside = [*self.bounds(r), *([] if even else ["(j < K)"])]
             shifted = f"tl.load(x + {r} * x_stride + j{_mask(inside)}).to(tl.float32) - near_{r}"
             self.emit(f"centred = {shifted if even else f'tl.where(j < K, {shifted}, 0.0)'}")
             self.emit(f"total_{r} += centred", f"squares_{r} += centred * centred")
         self.level -= 1
-        for r in range(self.plan.rows):
+        for r in range(self.rows):
             self.emit(f"mean_{r} = tl.sum(total_{r}, 0) / K")
             self.emit(f"variance_{r} = tl.sum(squares_{r}, 0) / K - mean_{r} * mean_{r}")
             self.emit(f"rstd_{r} = tl.rsqrt(variance_{r} + {literal(self.op.norm.eps)})")
@@ -228,10 +231,10 @@ class _Gemv(_Writer):
     def start(self) -> None:
         width = "BLOCK_K" if self.plan.lanes == 1 else f"BLOCK_K // {self.plan.lanes}"
         for i in range(self.op.weights):
-            for r in range(self.plan.rows):
+            for r in range(self.rows):
                 self.emit(f"acc{i}_{r} = tl.zeros((BLOCK_N, {width}), tl.float32)")
         if self.mode == "folded":
-            for r in range(self.plan.rows):
+            for r in range(self.rows):
                 self.emit(f"squares_{r} = tl.zeros((BLOCK_K,), tl.float32)")
 
     def step(self) -> None:
@@ -241,7 +244,7 @@ class _Gemv(_Writer):
             self.emit("k_in = k < K")
         self.load_weights()
         self.load_norm()
-        for r in range(self.plan.rows):
+        for r in range(self.rows):
             self.emit(f"y_{r} = {self.x(r)}")
             if self.mode == "folded":
                 self.emit(f"squares_{r} += y_{r} * y_{r}")
@@ -251,7 +254,7 @@ class _Gemv(_Writer):
                 self.emit(f"y_{r} = y_{r} * g{' + b' if norm.has_bias else ''}")
         for i in range(self.op.weights):
             self.emit(f"w{i}_tile = w{i}_tile.to(tl.float32)")
-            for r in range(self.plan.rows):
+            for r in range(self.rows):
                 product = f"w{i}_tile * y_{r}[None, :]"
                 if self.plan.lanes > 1:
                     shape = f"(BLOCK_N, BLOCK_K // {self.plan.lanes}, {self.plan.lanes})"
@@ -259,7 +262,7 @@ class _Gemv(_Writer):
                 self.emit(f"acc{i}_{r} += {product}")
 
     def finish(self) -> None:
-        for r in range(self.plan.rows):
+        for r in range(self.rows):
             for i in range(self.op.weights):
                 self.emit(f"acc{i}_{r} = tl.sum(acc{i}_{r}, 1)")
             if self.mode == "folded":
@@ -288,6 +291,10 @@ class _Swap(_Writer):
     """`tl.dot` of a weight tile [BLOCK_N, BLOCK_K] with the rows of x, transposed; accumulators [BLOCK_N, rows]."""
 
     axis = "[:, None]"
+
+    @property
+    def all_rows(self) -> bool:
+        return self.known.m == self.plan.rows
 
     def native(self) -> bool:
         return self.mode == "folded" and not (self.op.norm and self.op.norm.offset)

@@ -1,0 +1,55 @@
+"""Shapes of nodes as things that compare without installing guards, and how one shape repeats to fill another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+# Casting among these is looked through: the fused kernel computes in float32, which holds the others.
+TRANSPARENT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+Groups = tuple[tuple[Any, bool], ...]
+
+
+def extent(size: Any) -> Any:
+    """A size as something hashable that compares without installing guards: int or sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    return tuple(extent(s) for s in node.meta["val"].shape)
+
+
+def broadcast_groups(shape: Sequence[Any], out: Sequence[Any]) -> Groups | None:
+    """How a tensor of `shape` repeats to fill `out`: (size, kept) per group of axes, outermost first.
+
+    None where it does not follow broadcasting rules. Axes of size 1 are left out, neighbours are merged.
+    """
+    padded = (1,) * (len(out) - len(shape)) + tuple(shape)
+    groups: list[tuple[Any, bool]] = []
+    for size, whole in zip(padded, out, strict=True):
+        if whole == 1:
+            continue
+        if size not in (whole, 1):
+            return None
+        kept = size == whole
+        if groups and groups[-1][1] == kept:
+            groups[-1] = (groups[-1][0] * whole, kept)
+        else:
+            groups.append((whole, kept))
+    return tuple(groups)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A node (mm, addmm, or bmm over one batch) that multiplies `x` with `weight` [K, N]; a linear made of part of its
+    outputs has fewer `features` (first, end) than the weight has columns."""
+
+    node: Node
+    x: Node
+    weight: Node
+    features: tuple[int, int]
