@@ -158,7 +158,8 @@ class _Planner:
         passes, row = self._passes(group)
         again = where(greater(row, self.efficiency.reduction.persistent_row), passes, 1) if passes > 1 else 1
         read, l2 = self._reads(group, members, space, again)
-        written, touched = 0, 0.0
+        written: Amount = 0
+        touched: Amount = 0
         for node in group:
             inside_use = any(r in self.members and r not in members for r in readers_of(node))
             if node not in self.outputs and not inside_use:

@@ -66,6 +66,9 @@ class Unavailable:
 class Lowering(Protocol):
     """One way of making kernels. Never imports patterns; never imports another lowering."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable: ...
+    def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
+        """What it has for `op`: nothing where it does not make kernels of this kind at all, a sentence where it does
+        but not for this one."""

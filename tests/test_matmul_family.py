@@ -290,7 +290,7 @@ def chosen_plans(machine: str) -> list[tuple[MatmulFamily, Plan]]:
             [(RMS, SWIGLU, 14336), (LAYER, GEGLU_RESIDUAL, 4096), (None, BIAS, 1000)], (BRAIN, HALF), (1, 4, 16, 64)
         )
     ]
-    families += [family(m, 2048, 2048, RMS, PLAIN, SINGLE) for m in (1, 16)]
+    families += [family(m, 2048, 2048, RMS, PLAIN, SINGLE) for m in (1, 4, 16)]
     return [(op, plan) for op in families for plan in matmul.best_plans(op, TABLE[machine], int(op.m))]
 
 

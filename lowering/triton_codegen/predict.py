@@ -44,7 +44,8 @@ GEMV_ROWS = 4  # more rows need more registers than a thread has
 class KindConstants:
     """Seconds. `start`: before the first and after the last step, with `row` for each row of x after the first; `step`:
     least latency of a step, to which `latency` of memory, `byte_per_thread` of a weight tile and `multiply_add` per
-    thread add; `x_element`, per element of x per block, and `product`, per multiply-add, occupy the SM."""
+    thread add; `x_element`, per element of x per block, and `product`, per multiply-add, occupy the SM;
+    `statistics` is a step of the pass that computes mean and rstd first."""
 
     start: float
     row: float
@@ -54,12 +55,12 @@ class KindConstants:
     multiply_add: float
     x_element: float
     product: float
+    statistics: float
 
 
 @dataclass(frozen=True)
 class Constants:
     reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
-    statistics_step: float  # seconds per step of the pass that computes mean and rstd first
     kinds: dict[str, KindConstants]
 
 
@@ -67,7 +68,7 @@ class Constants:
 def constants() -> Constants:
     raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
     kinds = {kind: KindConstants(**entry) for kind, entry in raw["kinds"].items()}
-    return Constants(raw["reached"], raw["statistics_step"], kinds)
+    return Constants(raw["reached"], kinds)
 
 
 def power_of_two(at_least: int) -> int:
@@ -98,6 +99,11 @@ def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]
     if machine.kind == "cuda" and machine.capability < 80:
         return  # Triton has no matrix instructions for them
     padded = max(8, power_of_two(rows))
+    if op.dtype == torch.float32:
+        # "ieee" products run on the ordinary units with their operands in registers: narrow tiles, few rows
+        if padded <= 16:
+            yield from (Plan("swap", padded, block_n, 32, 4, stages) for block_n in (16, 32, 64) for stages in (3, 4))
+        return
     longest = max(64, power_of_two(int(op.k)))
     blocks = itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (2, 3, 4))
     for block_n, block_k, warps, stages in blocks:
@@ -107,7 +113,7 @@ def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]
         few = block_n <= 32 or (padded == 8 and (block_n, block_k) == (128, 128))
         if padded <= 16 and few and warps == max(1, min(block_n // 16, 8 if block_n == 128 else 4)):
             plan = Plan("swap", padded, block_n, block_k, warps, stages)
-            yield replace(plan, gram=norm_mode(op, plan) == "folded" and op.dtype != torch.float32)
+            yield replace(plan, gram=norm_mode(op, plan) == "folded")
         elif block_n >= 64 and (block_k, warps) in ACTIVATION_TILES.get(padded, ()):
             yield Plan("swap", padded, block_n, block_k, warps, stages)
 
@@ -159,12 +165,13 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: in
     latency = kind.step + kind.latency / max(1, plan.num_stages - 1)
     latency += kind.byte_per_thread * step_bytes(op, plan) / threads + kind.multiply_add * products / threads
     chain = max(1.0, (share + math.ceil(share)) / 2) * steps * latency
-    ordinary = plan.kind == "swap" and op.dtype == torch.float32  # no matrix unit multiplies in full float32
-    per_product = machine.num_sms / machine.vector_flops * 2 if ordinary else kind.product
+    # no matrix unit multiplies in full float32; a third of the ordinary units' rate is a guess, not yet measured
+    ordinary = plan.kind == "swap" and op.dtype == torch.float32
+    per_product = 3 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
     work = per_sm * steps * (kind.x_element * plan.rows * plan.block_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
     if norm_mode(op, plan) == "first":
-        start += known.statistics_step * math.ceil(int(op.k) / statistics_block(op, plan))
+        start += kind.statistics * math.ceil(int(op.k) / statistics_block(op, plan))
     memory = moved / (machine.memory_bandwidth * known.reached)
     if isinstance(memory, sympy.Expr):
         # the 4-norm of a symbolic amount would be slow to solve for crossovers; over few rows the weights dominate

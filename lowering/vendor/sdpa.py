@@ -20,7 +20,7 @@ from torch.fx import Node
 from fusion_compiler.amounts import Condition, amount
 from fusion_compiler.candidates import Candidate, Unavailable
 from fusion_compiler.cost import attention_seconds, attention_traffic
-from fusion_compiler.fused import Attention, Layout, Site
+from fusion_compiler.fused import Attention, FusedOp, Layout, Site
 from fusion_compiler.machine import Machine
 from fusion_compiler.splice import Builder
 
@@ -84,9 +84,9 @@ class VendorSdpa:
 
     name = "vendor.sdpa"
 
-    def candidates(self, op: Any, machine: Machine) -> list[Candidate] | Unavailable:
+    def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
         if not isinstance(op, Attention):
-            return Unavailable("torch's SDPA kernels compute attention only")
+            return []
         found, refusals = [], []
         for backend in BACKENDS:
             if machine.kind not in backend.kinds:
@@ -123,7 +123,7 @@ def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
     if op.softcap is not None:
         return f"no SDPA kernel caps scores (softcap {op.softcap:g})"
     if op.dtype not in backend.dtypes:
-        return f"it does not compute in {op.dtype}"
+        return f"it is not used for {op.dtype}"
     if machine.kind == "cuda" and machine.capability < backend.capability:
         return f"it needs compute capability {backend.capability / 10}"
     if op.head_dim > backend.head_dim or op.v_dim > backend.head_dim:
