@@ -125,16 +125,15 @@ def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] |
     along_k, along_n = (extent(s) for s in w.meta["val"].stride()[-2:])
     if along_k == 1 and along_n != 1:
         stored = view.value(w)
-        held = view.nodes(stored.args[0]) if stored.op == "permute" else ()
-        wanted = (n, k)
+        held, wanted, kn = view.nodes(stored.args[0]) if stored.op == "permute" else (), (n, k), False
     elif along_n == 1:
-        held, wanted = [w], (k, n)
+        held, wanted, kn = [w], (k, n), True
     else:
         return "a weight is strided in both axes; make it contiguous"
     for node in held:
         value = node.meta["val"]
         if value.dtype == w.meta["val"].dtype and shape_of(node)[-2:] == wanted and extent(value.stride()[-1]) == 1:
-            return node, wanted == (k, n)
+            return node, kn
     return "a weight's storage could not be found as a matrix; make it contiguous"
 
 

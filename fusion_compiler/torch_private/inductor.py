@@ -15,6 +15,8 @@ from typing import Any
 import torch._functorch.config
 from torch.fx import GraphModule
 
+from .. import decompositions
+
 InnerCompile = Callable[..., Any]
 
 
@@ -26,13 +28,20 @@ def compile_graph(
 
     with torch._functorch.config.patch(enable_autograd_cache=False):
         # compile_fx puts the patches around inner_compile too, so they hold when the backward is compiled
-        return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
+        return compile_fx(
+            gm,
+            example_inputs,
+            inner_compile=inner_compile,
+            config_patches=dict(patches),
+            decompositions=decompositions.table(),
+        )
 
 
 def compile_aten(gm: GraphModule, example_inputs: Sequence[Any], **context: Any) -> Any:
-    """Inductor's own last step."""
+    """Inductor's own last step, on a graph whose matrix products are still whole."""
     from torch._inductor.compile_fx import compile_fx_inner
 
+    decompositions.finish(gm)
     return compile_fx_inner(gm, example_inputs, **context)
 
 
