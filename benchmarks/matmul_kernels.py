@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from fusion_compiler.algebra import Algebra
-from fusion_compiler.cost import matmul_traffic
+from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm
 from fusion_compiler.lowering.triton_codegen import predict
 from fusion_compiler.lowering.triton_codegen.aot import compile_kernel, constexprs, resources

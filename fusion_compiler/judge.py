@@ -14,11 +14,11 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .amounts import Condition, at, is_symbolic
-from .baseline import Plan, inductor_plan
 from .candidates import Amount, Candidate, Lowering, Traffic, Unavailable
-from .cost import matmul_facts
-from .crossover import FAR, cheapest
+from .cost.amounts import Condition, at, is_symbolic
+from .cost.baseline import Plan, inductor_plan
+from .cost.crossover import FAR, cheapest
+from .cost.roofline import matmul_facts
 from .fused import FusedOp, MatmulFamily, Site
 from .machine import Machine
 from .match import Match

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .baseline import Plan
 from .candidates import Candidate
+from .cost.baseline import Plan
 from .fused import Attention, FusedOp, MatmulFamily
 from .machine import Machine
 from .report import Work

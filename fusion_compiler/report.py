@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
-from .amounts import at, is_symbolic
 from .candidates import Amount, Traffic
+from .cost.amounts import at, is_symbolic
 
 Verdict = Literal["fused", "kept"]
 

@@ -14,7 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusion_compiler.attention import find_attention
+from fusion_compiler.attention.recognise import find_attention
 from fusion_compiler.candidates import Candidate
 from fusion_compiler.fused import Attention
 from fusion_compiler.layout import fit

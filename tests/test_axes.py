@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusion_compiler import axes
-from fusion_compiler.axes import Atom, View, align, repeat
-from fusion_compiler.index_functions import read_index
+from fusion_compiler.attention import axes
+from fusion_compiler.attention.axes import Atom, View, align, repeat
+from fusion_compiler.attention.index_functions import read_index
 
 I = sympy.Integer  # noqa: E741
 SHAPE = (2, 6, 1, 4)

@@ -11,9 +11,10 @@ from small_graphs import TWO_CORES, attention, calls, gated_mlp, layer_norm_line
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusion_compiler.algebra import Algebra
-from fusion_compiler.baseline import inductor_plan
 from fusion_compiler.candidates import Traffic
-from fusion_compiler.cost import (
+from fusion_compiler.cost.baseline import inductor_plan
+from fusion_compiler.cost.crossover import cheapest, crossovers
+from fusion_compiler.cost.roofline import (
     attention_seconds,
     attention_traffic,
     gated_mlp_activation_bytes,
@@ -22,7 +23,6 @@ from fusion_compiler.cost import (
     matmul_traffic,
     roofline,
 )  # fmt: skip
-from fusion_compiler.crossover import cheapest, crossovers
 from fusion_compiler.fused import Attention, Layout, Mask, MatmulFamily
 from fusion_compiler.machine import machine
 

@@ -14,9 +14,9 @@ from torch.fx import Node
 
 import fusion_compiler as fc
 from fusion_compiler.algebra import Algebra
-from fusion_compiler.amounts import amount
 from fusion_compiler.candidates import Amount, Candidate, Traffic, Unavailable
-from fusion_compiler.cost import matmul_traffic
+from fusion_compiler.cost.amounts import amount
+from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm, Site
 from fusion_compiler.judge import MARGIN, Judgement, Offer, judge, offer
 from fusion_compiler.machine import Machine, machine

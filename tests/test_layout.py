@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # Longer than MAX_LINES, and why that is better than splitting.
 LONG: dict[str, str] = {
-    "fusion_compiler/semantics.py": "one table from ATen operations to values, with the view that applies it",
+    "tests/test_attention.py": "every spelling, grouping, mask and refusal of one pattern",
 }
 # The only modules of the core that know which patterns and lowerings exist.
 WIRING = {"fusion_compiler.backend", "fusion_compiler.capture", "fusion_compiler.cli"}

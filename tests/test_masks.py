@@ -13,9 +13,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusion_compiler import axes
-from fusion_compiler.index_functions import Choice, Indexer, leaves
-from fusion_compiler.masks import Extents, Proof, Term, prove
+from fusion_compiler.attention import axes
+from fusion_compiler.attention.index_functions import Choice, Indexer, leaves
+from fusion_compiler.attention.masks import Extents, Proof, Term, prove
 
 QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("query", "key"))
 Function = Callable[..., Any]

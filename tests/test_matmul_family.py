@@ -278,6 +278,34 @@ def test_rows_of_a_slice_are_read_in_place(trace: object) -> None:
     torch.testing.assert_close(gm(x, w), model(x, w), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kn", [False, True])
+def test_packed_weight_is_spliced_whole(trace: object, kn: bool) -> None:
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ (w if kn else w.T)).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    x, w = torch.randn(2, 128), torch.randn(128, 192) if kn else torch.randn(192, 128)
+    gm = trace(model, x, w)  # type: ignore[operator]
+    output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    op = family(2, 128, 96, None, SWIGLU, SINGLE, weight_is_kn=kn, features=(0, 96))
+    site = Site((inputs[0], inputs[1], inputs[1]), output, (output,))
+    replace(site, offered(op)[0].emit(Builder(gm, output), site))
+    clean(gm)
+    assert not any(n.target is torch.ops.aten.mm.default for n in gm.graph.nodes)
+    torch.testing.assert_close(gm(x, w), model(x, w), rtol=1e-4, atol=1e-4)
+
+
+def test_float32_precision_follows_torch() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "ieee"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert matmul.float32_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ---- ahead of time ------------------------------------------------------------------------------
 TARGETS = {"sm_80": "a100", "sm_90": "h200", "gfx90a": "mi300x", "gfx942": "mi300x"}
 

@@ -40,8 +40,8 @@ def files_of_the_tree() -> set[str]:
         for path in folder.iterdir()
         if path.suffix in (".py", ".json") or path.name == "py.typed"
     }
-    data = (ROOT / "fusion_compiler" / "data").glob("*")
-    return wanted | {f"fusion_compiler/data/{path.name}" for path in data if path.is_file()}
+    data = (ROOT / "fusion_compiler" / "cost" / "data").glob("*")
+    return wanted | {f"fusion_compiler/cost/data/{path.name}" for path in data if path.is_file()}
 
 
 def test_list_of_packages_is_complete() -> None:

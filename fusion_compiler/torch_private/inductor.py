@@ -42,6 +42,8 @@ def compile_aten(gm: GraphModule, example_inputs: Sequence[Any], **context: Any)
     from torch._inductor.compile_fx import compile_fx_inner
 
     decompositions.finish(gm)
+    # newer torch hands our table on as a local function, which would keep the graph out of Inductor's cache
+    context.pop("get_decomp_fn", None)
     return compile_fx_inner(gm, example_inputs, **context)
 
 

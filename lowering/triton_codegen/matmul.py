@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from ...amounts import amount
 from ...candidates import Candidate, Unavailable
-from ...cost import matmul_traffic
+from ...cost.amounts import amount
+from ...cost.roofline import matmul_traffic
 from ...fused import MatmulFamily, Site
 from ...machine import Machine
 from ...splice import load_kernel
@@ -116,12 +116,11 @@ def emit(op: MatmulFamily, plan: Plan, builder: Builder, site: Site) -> Node:
     operands = list(site.operands)
     x_stride, operands[0] = _rows(builder, operands[0], int(op.k))
     first = 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
-    columns = int(op.n if op.weight_is_kn else op.k)
     strides = set()
     for i in range(len(operands)):
         if first <= i < first + op.weights:
-            operands[i] = _features(builder, op, i - first, operands[i])
-            stride, operands[i] = _rows(builder, operands[i], columns)
+            # a packed weight is passed whole: the kernel itself starts at its features
+            stride, operands[i] = _rows(builder, operands[i], int(operands[i].meta["val"].shape[-1]))
             strides.add(stride)
         elif i > 0:
             operands[i] = builder.contiguous(operands[i])
@@ -135,14 +134,6 @@ def emit(op: MatmulFamily, plan: Plan, builder: Builder, site: Site) -> Node:
     grid = [math.ceil(int(op.n) / plan.block_n)]
     launched = builder.triton(kernel, grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages)
     return launched["out"]
-
-
-def _features(builder: Builder, op: MatmulFamily, index: int, weight: Node) -> Node:
-    """The part of a packed weight that the op takes: a view, so that nothing is copied."""
-    if not op.features:
-        return weight
-    start = op.features[index]
-    return builder.call(torch.ops.aten.slice.Tensor, weight, 1 if op.weight_is_kn else 0, start, start + int(op.n))
 
 
 def _rows(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:

@@ -17,9 +17,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from fusion_compiler.amounts import Condition, amount
 from fusion_compiler.candidates import Candidate, Unavailable
-from fusion_compiler.cost import attention_seconds, attention_traffic
+from fusion_compiler.cost.amounts import Condition, amount
+from fusion_compiler.cost.roofline import attention_seconds, attention_traffic
 from fusion_compiler.fused import Attention, FusedOp, Layout, Site
 from fusion_compiler.machine import Machine
 from fusion_compiler.splice import Builder

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .machine import Machine
+from ..machine import Machine
 
 
 def dtype_name(dtype: torch.dtype) -> str:

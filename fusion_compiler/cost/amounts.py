@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import sympy
 import torch
 
-from .candidates import Amount
+from ..candidates import Amount
 
 Condition: TypeAlias = bool | sympy.Basic
 

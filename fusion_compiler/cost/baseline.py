@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..attention.sdpa_calls import bind
+from ..candidates import Amount, Traffic
+from ..machine import Machine
 from .amounts import amount, greater, maximum, minimum, where
-from .candidates import Amount, Traffic
-from .cost import flash_seconds, library_matmul_seconds
 from .efficiency import efficiency
-from .machine import Machine
 from .node_work import (
     GATHERS,
     MATMULS,
@@ -43,7 +43,7 @@ from .node_work import (
     unique_bytes,
     written_bytes,
 )  # fmt: skip
-from .sdpa_calls import bind
+from .roofline import flash_seconds, library_matmul_seconds
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch.fx import Node
 
+from ..attention.sdpa_calls import MASK_ARGUMENT, bind
+from ..candidates import Amount
+from ..splice import same_strides
 from .amounts import amount, is_symbolic, product
-from .candidates import Amount
-from .sdpa_calls import MASK_ARGUMENT, bind
-from .splice import same_strides
 
 MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 VIEWS = frozenset(

@@ -18,10 +18,10 @@ from typing import cast
 import sympy
 from torch.fx import Node
 
+from ..fused import Mask
 from . import axes
 from .axes import Atom, View
 from .contraction import Operand
-from .fused import Mask
 from .index_functions import Index
 from .masks import Extents
 from .scores import MaskSite

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import sympy
 
+from ..candidates import Amount
 from .amounts import Condition, compiled
-from .candidates import Amount
 
 FAR = 2**20  # a size without bound is looked at up to here; the last range then goes on for ever
 

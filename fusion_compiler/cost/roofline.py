@@ -16,11 +16,11 @@ from collections.abc import Mapping
 import sympy
 import torch
 
+from ..candidates import Amount, Traffic
+from ..fused import Attention, MatmulFamily
+from ..machine import Machine
 from .amounts import amount, at, ceil_div, greater, maximum, minimum, where
-from .candidates import Amount, Traffic
 from .efficiency import AttentionKernel, efficiency
-from .fused import Attention, MatmulFamily
-from .machine import Machine
 
 # Fewer thread blocks than this fraction of the SMs cannot draw the full memory bandwidth.
 SATURATING_SMS = 0.5

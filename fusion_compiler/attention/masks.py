@@ -22,8 +22,8 @@ from sympy.core.relational import Equality, Relational
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
+from ..fused import Mask
 from . import axes
-from .fused import Mask
 from .index_functions import ZERO, Index, Indexer, leaves, truth
 
 # Finite fills from here on act as −∞ beside a visible key: float16 has no smaller number, wider dtypes no such scores.

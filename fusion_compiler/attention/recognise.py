@@ -16,14 +16,14 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from ..fused import Attention, Layout, Mask, Site, Size
+from ..match import Match, NearMiss
 from . import axes
-from .attention_axes import Geometry, NotAttention, Parts
 from .axes import Atom, View
 from .contraction import PADDING, Contraction, Operand, contraction
-from .fused import Attention, Layout, Mask, Site, Size
 from .index_functions import Indexer
 from .masks import Extents, Proof, Term, prove
-from .match import Match, NearMiss
+from .roles import Geometry, NotAttention, Parts
 from .scores import MaskSite, Obstacle, Scores, Softmax, scaled, scores, softmax
 from .sdpa_calls import Call, call
 

@@ -1,0 +1,12 @@
+"""Recognising attention in a graph: `find_attention` reads the chain from the product with the values back to the start.
+
+axes: views as factorised axes · contraction: batched products · scores: what lies between the two products ·
+masks: what a mask is proved to be, from index_functions · roles: which axis is which · sdpa_calls: attention that the
+graph already calls by name.
+"""
+
+from __future__ import annotations
+
+from .recognise import find_attention
+
+__all__ = ["find_attention"]
