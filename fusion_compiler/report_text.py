@@ -26,7 +26,7 @@ def render(report: Report) -> str:
         console.print(_decisions(_outer(report)))
         console.print()
         console.print(Text(_total(report)))
-    else:
+    elif not report.failures:
         console.print(Text("No place in this graph matched a fusion; Inductor compiles all of it."))
     if report.near_misses:
         console.print(Text("\nNearly matched, and what stood in the way:"))

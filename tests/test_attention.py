@@ -18,7 +18,7 @@ from fusion_compiler.attention.recognise import find_attention
 from fusion_compiler.candidates import Candidate
 from fusion_compiler.fused import Attention
 from fusion_compiler.layout import fit
-from fusion_compiler.lowering.vendor.sdpa import VendorSdpa
+from fusion_compiler.lowering.vendor.sdpa import BACKENDS, VendorSdpa, offer
 from fusion_compiler.machine import machine
 from fusion_compiler.match import Match
 from fusion_compiler.splice import Builder, clean, replace
@@ -44,10 +44,11 @@ def only(gm: GraphModule) -> Match:
 def rewrite(gm: GraphModule) -> Attention:
     """Puts the CPU's kernel in the place of the graph's only attention."""
     match = only(gm)
-    offers = VendorSdpa().candidates(match.op, machine("cpu"))
-    assert isinstance(offers, list), offers
+    assert isinstance(match.op, Attention)
+    candidate = offer(match.op, machine("cpu"), next(b for b in BACKENDS if b.name == "cpu_flash"))
+    assert isinstance(candidate, Candidate), candidate
     builder = Builder(gm, match.site.output)
-    replace(match.site, fit(builder, match.site, offers[0].emit(builder, match.site)))
+    replace(match.site, fit(builder, match.site, candidate.emit(builder, match.site)))
     clean(gm)
     assert not any("softmax" in str(n.target) or "exp" in str(n.target).split(".") for n in gm.graph.nodes)
     assert isinstance(match.op, Attention)
@@ -428,3 +429,11 @@ def test_fused_call_learns_that_its_mask_is_causal() -> None:
     plain = trace(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v), *args)
     matches, near_misses = find_attention(plain)
     assert not matches and "already" in near_misses[0].reason
+
+
+def test_one_query_on_a_cpu_stays_with_inductor() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return spell.scores(q, k).softmax(-1) @ v
+
+    assert "one query is served faster" in kept(fn, *heads(2, 4, 4, 1, 19, 8))
+    assert isinstance(VendorSdpa().candidates(only(trace(fn, *heads(2, 4, 4, 2, 19, 8))).op, machine("cpu")), list)
