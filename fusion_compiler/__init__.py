@@ -1,21 +1,41 @@
 """A fusion compiler for PyTorch: `torch.compile(model, backend="fusion_compiler")`.
 
 `explain` says what would be fused and why without running anything; `reports` and `last_report` say what was.
+`pattern` declares a fusion, `register_pattern` has every compilation look for it, `register_kernel` brings it a kernel.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from .capture import explain
-from .pattern import Example, Pattern, choice, pattern
+from .pattern import Example, Pattern, choice, literal, pattern
+from .registry import (
+    disable_patterns,
+    enable_patterns,
+    register_kernel,
+    register_pattern,
+    unregister_kernel,
+    unregister_pattern,
+)
 from .report import Decision, NearMiss, Report, last_report, reports
 
 __all__ = [
-    "Decision", "Example", "NearMiss", "Pattern", "Report", "choice", "explain", "last_report", "pattern", "reports",
+    "Decision", "Example", "NearMiss", "Pattern", "Report", "choice", "disable_patterns", "enable_patterns", "explain",
+    "last_report", "literal", "pattern", "patterns", "register_kernel", "register_pattern", "reports",
+    "unregister_kernel", "unregister_pattern",
 ]  # fmt: skip
 
 # In a checkout `patterns/` and `lowering/` stand beside this package, in an installation inside it.
 _root = Path(__file__).resolve().parent
 if not (_root / "patterns").is_dir():
     __path__.append(str(_root.parent))
+
+
+def __getattr__(name: str) -> Any:
+    """`patterns`, the package that lists its patterns when called, is loaded when it is first asked for."""
+    if name == "patterns":
+        return import_module(f"{__name__}.patterns")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

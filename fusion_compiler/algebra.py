@@ -13,17 +13,18 @@ so comparing is `is`. Constructors normalise, so that spellings meet:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 # Pointwise operations of one argument that keep their name. Everything else is normalised away.
 UNARY = (
-    "exp", "exp2", "log", "log2", "sin", "cos", "tanh", "erf", "abs", "sign", "floor", "ceil", "round", "trunc",
-    "sigmoid", "silu", "gelu_erf", "gelu_tanh", "relu", "logical_not",
+    "exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "erf", "abs", "sign", "floor", "ceil",
+    "round", "trunc", "sigmoid", "silu", "gelu_erf", "gelu_tanh", "relu", "logical_not",
 )  # fmt: skip
 BINARY = ("maximum", "minimum", "le", "lt", "ge", "gt", "eq", "ne", "logical_and", "logical_or", "remainder")
 POINTWISE = frozenset((*UNARY, *BINARY, "add", "mul", "pow", "where", "const", "cast"))
@@ -79,8 +80,12 @@ class Algebra:
 
     # ---- sums and products ------------------------------------------------------------------
     def add(self, *terms: Value) -> Value:
-        """Sum; numeric constants are gathered into at most one."""
-        return self._nary("add", terms, 0.0, operator.add)
+        """Sum; numeric constants are gathered into at most one, and `1 + tanh(x)` is 2·sigmoid(2x)."""
+        total = self._nary("add", terms, 0.0, operator.add)
+        if total.op == "add" and len(total.args) == 2 and total.args[1].op == "tanh" and _is_one(total.args[0]):
+            two = self.const(2.0)
+            return self.mul(two, self.unary("sigmoid", self.mul(two, total.args[1].args[0])))
+        return total
 
     def mul(self, *factors: Value) -> Value:
         """Product; `x·x` is pow(x, 2), `x·sigmoid(x)` silu(x), `½·x·(1+erf(x/√2))` and its tanh form gelu."""
@@ -113,7 +118,7 @@ class Algebra:
         if not rest:
             return self.const(constant)
         rest.sort(key=lambda v: v.serial)
-        if constant != unit:
+        if not math.isclose(constant, unit, rel_tol=1e-12):
             rest.insert(0, self.const(constant))
         return rest[0] if len(rest) == 1 else self.make(op, *rest)
 
@@ -123,12 +128,15 @@ class Algebra:
         if exponent == 1.0:
             return base
         if base.op == "const" and not (base.attr("value") == 0 and exponent < 0):
-            folded = base.attr("value") ** exponent
-            if isinstance(folded, float):
-                return self.const(folded)
+            with contextlib.suppress(OverflowError):
+                folded = base.attr("value") ** exponent
+                if isinstance(folded, float):
+                    return self.const(folded)
         if base.op == "pow" and (base.attr("exponent") == 0.5 or base.attr("exponent") == -1.0):
             # √x to any power and (1/x) to any power keep x's domain, so the exponents multiply
             return self.pow(base.args[0], base.attr("exponent") * exponent)
+        if base.op == "mul" and len(base.args) == 2 and base.args[1].op == "pow" and exponent == 2.0:
+            return self.mul(*(self.pow(factor, exponent) for factor in base.args))  # (√x/c)²
         if base.op == "bcast":
             return self.bcast(self.pow(base.args[0], exponent), base.attr("groups"))
         if base.op == "exp" and exponent == -1.0:
@@ -143,7 +151,7 @@ class Algebra:
         """x where `base` is 1 + exp(−x)."""
         if base.op == "add" and len(base.args) == 2 and base.args[0].op == "const":
             one, other = base.args
-            if one.attr("value") == 1.0 and other.op == "exp":
+            if _is_one(one) and other.op == "exp":
                 return self.neg(other.args[0])
         return None
 
@@ -182,20 +190,21 @@ class Algebra:
             return product
         factors = list(product.args)
         for gate in [f for f in factors if f.op == "sigmoid"]:
-            x = gate.args[0]
             rest = self._without(factors, gate)
-            others = self._take(rest, x)
-            if others is not None:
-                return self._nary("mul", (*others, self.make("silu", x)), 1.0, operator.mul)
+            growth = self.unary("exp", self.neg(gate.args[0]))
+            if growth in rest:  # exp(x)·sigmoid(−x) is sigmoid(x)
+                turned = self.unary("sigmoid", self.neg(gate.args[0]))
+                return self.mul(*self._without(rest, growth), turned)
+            for name, x in self._gated_by(gate):
+                others = self._take(rest, x)
+                if others is not None:
+                    return self._nary("mul", (*others, self.make(name, x)), 1.0, operator.mul)
         for gate in [f for f in factors if f.op == "add"]:
-            found = self._gelu(gate)
-            if found is None:
-                continue
-            name, x = found
-            others = self._take(self._without(factors, gate), x)
-            if others is not None:
+            x = self._gelu(gate)
+            others = None if x is None else self._take(self._without(factors, gate), x)
+            if x is not None and others is not None:
                 coefficient = self.const(2.0)  # ½ is the formula's own; whatever is left stays a factor
-                return self._nary("mul", (*others, coefficient, self.make(name, x)), 1.0, operator.mul)
+                return self._nary("mul", (*others, coefficient, self.make("gelu_erf", x)), 1.0, operator.mul)
         return product
 
     @staticmethod
@@ -217,20 +226,19 @@ class Algebra:
                 return None
         return left if constant == 1.0 else [*left, self.const(constant)]
 
-    def _gelu(self, gate: Value) -> tuple[str, Value] | None:
-        """The argument of gelu where `gate` is 1 + erf(x/√2) or 1 + tanh(√(2/π)(x + 0.044715x³))."""
-        if len(gate.args) != 2 or gate.args[0].op != "const" or gate.args[0].attr("value") != 1.0:
+    def _gated_by(self, gate: Value) -> Iterator[tuple[str, Value]]:
+        """(name, x) of the activations x·`gate`, a sigmoid: silu(x), or tanh gelu where it is of 2√(2/π)(x + 0.044715x³)."""
+        yield "silu", gate.args[0]
+        if gate.args[0].op in ("add", "mul"):
+            for x in gate.args[0].walk():
+                if x.op != "const" and self._is_gelu_tanh_argument(gate.args[0], x):
+                    yield "gelu_tanh", x
+
+    def _gelu(self, gate: Value) -> Value | None:
+        """The argument of gelu where `gate` is 1 + erf(x/√2)."""
+        if len(gate.args) != 2 or not _is_one(gate.args[0]) or gate.args[1].op != "erf":
             return None
-        inner = gate.args[1]
-        if inner.op == "erf":
-            scaled = inner.args[0]
-            x = self.mul(self.const(math.sqrt(2.0)), scaled)
-            return ("gelu_erf", self._round_unit(x))
-        if inner.op == "tanh":
-            for x in inner.args[0].walk():
-                if x.op != "const" and self._is_gelu_tanh_argument(inner.args[0], x):
-                    return ("gelu_tanh", x)
-        return None
+        return self._round_unit(self.mul(self.const(math.sqrt(2.0)), gate.args[1].args[0]))
 
     def _round_unit(self, x: Value) -> Value:
         """Drop a constant factor that is 1 up to rounding."""
@@ -239,12 +247,16 @@ class Algebra:
         return x
 
     def _is_gelu_tanh_argument(self, argument: Value, x: Value) -> bool:
-        """Whether `argument`, a polynomial in x, is √(2/π)·x + √(2/π)·0.044715·x³."""
+        """Whether `argument`, a polynomial in x, is 2√(2/π)·x + 2√(2/π)·0.044715·x³."""
         polynomial = _polynomial(argument, x)
         if polynomial is None or set(polynomial) != {1, 3}:
             return False
-        c = math.sqrt(2.0 / math.pi)
+        c = 2.0 * math.sqrt(2.0 / math.pi)
         return math.isclose(polynomial[1], c, rel_tol=1e-4) and math.isclose(polynomial[3], 0.044715 * c, rel_tol=1e-4)
+
+
+def _is_one(value: Value) -> bool:
+    return value.op == "const" and value.attr("value") == 1.0
 
 
 def _polynomial(value: Value, x: Value) -> dict[int, float] | None:

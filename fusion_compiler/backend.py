@@ -2,7 +2,7 @@
 
 Entry point "fusion_compiler" in `torch_dynamo_backends`. Inductor traces and decomposes the graph; its last step is
 ours: `rewrite` replaces in place what pays, and Inductor compiles what then stands there. This module alone wires
-patterns and lowerings in; `capture.explain` goes through it too.
+lowerings in, and patterns through `registry`; `capture.explain` goes through it too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from . import layout, select, splice, verify
+from . import layout, measure, registry, select, splice, verify
 from . import report as reporting
 from .candidates import Candidate, Unavailable
 from .config import Options
@@ -29,7 +29,6 @@ from .judge import Offer, judge, offer
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
 from .match import Match, find_all
-from .pattern import AnyPattern
 from .report import Decision, Failure, NearMiss, Report, Work, where
 from .semantics import SemanticView
 from .torch_private import fake_tensors, inductor, size_guards
@@ -63,21 +62,10 @@ def fusion_compiler(
 
 
 def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
-    names = [p.name for p in builtin_patterns()]
-    return Options.parse(options, mode=mode, patterns=names, machines=[*TABLE, "cpu"], modes=list(inductor.modes()))
-
-
-def builtin_patterns() -> tuple[AnyPattern, ...]:
-    """The patterns of `patterns/`."""
-    from .patterns import BUILTIN
-
-    return BUILTIN
-
-
-def active_patterns(options: Options) -> tuple[AnyPattern, ...]:
-    """The user's patterns, then the built-in ones, less the disabled."""
-    given = {p.name: p for p in (*options.patterns, *builtin_patterns())}
-    return tuple(p for name, p in given.items() if not options.disable & {name, "all"})
+    known, modes = registry.names(), list(inductor.modes())
+    parsed = Options.parse(options, mode=mode, patterns=known, machines=[*TABLE, "cpu"], modes=modes)
+    registry.check_local(parsed.patterns)
+    return parsed
 
 
 def _patches(options: Options) -> dict[str, Any]:
@@ -164,13 +152,14 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
     """
     target = machine(options.machine or ("cpu" if device_of(gm) == "cpu" else None))
     report = Report(machine=target.name, graph=label, notes=notes(gm, trains=trains))
+    tuner = tuner_for(gm, options, target) if options.autotune else None
     try:
         with _stage("raise"):
             view = SemanticView(gm)
         with _stage("match"):
-            matches, near_misses = find_all(view, active_patterns(options))
+            matches, near_misses = find_all(view, registry.active_patterns(options.patterns, options.disable))
         with _stage("judge"):
-            judged = judge_all(gm, matches, target)
+            judged = judge_all(gm, matches, target, tuner)
             if not guardable:
                 judged = [j.kept(UNGUARDED) if j.span and j.candidate else j for j in judged]
         with _stage("select"):
@@ -183,8 +172,16 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
         report,
         decisions=tuple(j.decision for j in judged),
         near_misses=tuple(NearMiss(n.pattern, n.reason, where(n.node), n.node.name) for n in near_misses),
+        notes=(*report.notes, *(tuner.notes if tuner else ())),
     )
     return Planned(report, tuple(judged))
+
+
+def tuner_for(gm: GraphModule, options: Options, target: Machine) -> measure.Tuner:
+    """What measures for `gm`, compiled by Inductor as the options ask."""
+    here = machine("cpu" if device_of(gm) == "cpu" else None)
+    settings = f"{options.mode} {sorted((options.inductor or {}).items())}"
+    return measure.Tuner(target, here, settings, strict=options.strict)
 
 
 _UNFUSED: tuple[tuple[str, Callable[[Node], bool]], ...] = (
@@ -213,7 +210,9 @@ def device_of(gm: GraphModule) -> str:
     return next((v.device.type for v in values if isinstance(v, torch.Tensor) and v.device.type != "cpu"), "cpu")
 
 
-def judge_all(gm: GraphModule, matches: Sequence[Match], target: Machine) -> list[Judged]:
+def judge_all(
+    gm: GraphModule, matches: Sequence[Match], target: Machine, tuner: measure.Tuner | None = None
+) -> list[Judged]:
     """The verdict on every match; a form of a match that is not legal is offered with the sentence that says why."""
     from .lowering import lowerings
 
@@ -233,6 +232,7 @@ def judge_all(gm: GraphModule, matches: Sequence[Match], target: Machine) -> lis
             else:
                 offers.append(Offer(op, site, unavailable=(("legality", Unavailable(refusal)),)))
         judgement = judge(match, offers, target)
+        judgement = tuner.refine(judgement, offers) if tuner else judgement
         choice = judgement.choice()
         ranged = judgement.symbol is not None and len(judgement.choices) > 1
         span = (judgement.symbol, choice.lo, choice.hi) if ranged and judgement.symbol is not None else None

@@ -20,6 +20,8 @@ from .report import Failure, Report
 from .torch_private import inductor
 from .torch_private.fake_copies import FakeCopies
 
+UNMEASURED = "autotune: `explain` runs nothing, so all times are predicted"
+
 
 def explain(
     fn: Callable[..., Any],
@@ -37,7 +39,8 @@ def explain(
     given = dict(options or {})
     if machine is not None:
         given["machine"] = machine
-    parsed = backend.parse_options(given)
+    asked = backend.parse_options(given)
+    parsed = dataclasses.replace(asked, autotune=False)
     reports: list[Report] = []
 
     def examine(gm: torch.fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
@@ -60,4 +63,5 @@ def explain(
                 raise
             stopped = (Failure("capture", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"),)
     whole = Report.merged(reports) if reports else Report(machine=find_machine(parsed.machine).name)
-    return dataclasses.replace(whole, failures=(*whole.failures, *stopped))
+    notes = (*whole.notes, *((UNMEASURED,) if asked.autotune else ()))
+    return dataclasses.replace(whole, failures=(*whole.failures, *stopped), notes=notes)

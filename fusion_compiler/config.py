@@ -57,7 +57,7 @@ class Options:
         names = [f.name for f in fields(Options)]
         for name in given:
             if name not in names:
-                raise OptionError(f"unknown option {name!r}{_hint(name, names)}; options are {', '.join(names)}")
+                raise OptionError(f"unknown option {name!r}{hint(name, names)}; options are {', '.join(names)}")
         if mode is not None and given.setdefault("mode", mode) != mode:
             raise OptionError(f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other")
         for name in ("verify", "autotune", "strict"):
@@ -65,7 +65,7 @@ class Options:
                 raise OptionError(f"option {name!r} is True or False, not {given[name]!r}")
         extra = _sequence(given.get("patterns", ()), "patterns")
         given["patterns"] = extra
-        known = [*patterns, *(p.name for p in extra)]
+        known = [*patterns, *(getattr(p, "name", "") for p in extra)]
         disable = given.get("disable", ())
         given["disable"] = frozenset([disable] if isinstance(disable, str) else _sequence(disable, "disable"))
         for name in sorted(given["disable"]):
@@ -83,7 +83,7 @@ class Options:
 def _one_of(option: str, value: Any, choices: Collection[str]) -> None:
     if value not in choices:
         existing = ", ".join(choices)
-        raise OptionError(f"option {option!r} cannot be {value!r}{_hint(value, choices)}; it is one of {existing}")
+        raise OptionError(f"option {option!r} cannot be {value!r}{hint(value, choices)}; it is one of {existing}")
 
 
 def _sequence(value: Any, option: str) -> tuple[Any, ...]:
@@ -92,6 +92,7 @@ def _sequence(value: Any, option: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _hint(value: Any, choices: Collection[str]) -> str:
+def hint(value: Any, choices: Collection[str]) -> str:
+    """ " (did you mean 'x'?)" where one of `choices` is close to `value`."""
     close = difflib.get_close_matches(str(value), choices, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

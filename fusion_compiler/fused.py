@@ -6,8 +6,9 @@ FX nodes: those travel beside it as a `Site`. Sizes may be `int` or `torch.SymIn
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import sympy
 import torch
@@ -41,10 +42,12 @@ class Extra:
     """A further tensor that the epilogue reads, in the output's index space [M, N].
 
     kind: "full" [M, N], "row" [M] (one value per row), "col" [N] (one per column), "scalar" [].
+    A "col" may be part of a longer tensor, as a packed bias is: N elements from `first` on.
     """
 
     kind: Literal["full", "row", "col", "scalar"]
     dtype: torch.dtype
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,27 @@ class Attention:
     vendor: str = ""  # the attention kernel that the graph already calls, if it does
 
 
-FusedOp = MatmulFamily | Attention
+@dataclass(frozen=True)
+class Declared:
+    """What a pattern's own function computes of these arguments; only kernels registered for the pattern compute it.
+
+    `arguments` are those of the function in its own order: fake tensors, bound numbers, chosen alternatives, None where
+    an optional parameter is absent. The operands of a site are the tensors among them, in order; a `transposed` operand
+    is stored the other way round and is transposed before it is passed. The function's result has the elements
+    of the site's output in the same order, and maybe another shape.
+    """
+
+    pattern: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = field(compare=False)
+    transposed: tuple[bool, ...]  # one per operand
+    dtype: torch.dtype  # of the first operand
+    out: Any = field(compare=False)  # the function's result, a fake tensor
+    flops: float | sympy.Expr
+    sizes: tuple[Size, ...]  # the symbolic ones among the arguments' sizes
+
+
+FusedOp = MatmulFamily | Attention | Declared
 
 
 @dataclass(frozen=True)

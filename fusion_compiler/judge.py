@@ -6,9 +6,10 @@ that Inductor needs for the nodes it replaces. With a symbolic size the verdict 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import sympy
 import torch
@@ -27,8 +28,11 @@ from .report import Decision, Option, Range, Verdict, Work, where
 from .torch_private.symbols import range_of, traced_values
 
 MOST_RANGES = 3
+CLOSE = 0.25  # predictions that differ by less are worth a measurement
 INDUCTOR = "inductor"
 _Values = Mapping[sympy.Symbol, int | sympy.Symbol]
+_Span = tuple[int, int | None, int]  # from, to, number of the way that wins: 0 is Inductor
+Price = Callable[[Sequence[Node]], Plan]  # what Inductor makes of nodes, in graph order
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ class Judgement:
     choices: tuple[Choice, ...]
     symbol: sympy.Symbol | None = None
     traced: int | None = None  # size of the symbol when tracing
+    sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # of all symbols when tracing
+    winner: int = 0  # where traced: 0 is Inductor, then the candidates in their order
+    spans: Callable[[int], list[_Span]] | None = None  # who would win where, if one way were CLOSE cheaper
 
     @property
     def saving(self) -> float:
@@ -87,6 +94,42 @@ class Judgement:
         if wanted is None:
             return self.choices[0]
         return next(c for c in self.choices if c.lo <= wanted and (c.hi is None or wanted <= c.hi))
+
+    def where_traced(self, measured: Judgement) -> Judgement:
+        """`measured`, which is of the traced size alone, for the sizes around it that it can speak for: where the way
+        that won there is predicted to be nearly the cheapest, within the range that was solved for; this one elsewhere.
+        """
+        if self.symbol is None or self.traced is None:
+            return measured
+        here, won = self.choice(), measured.choices[0]
+        lo, hi = self._near(measured.winner)
+        lo, hi = max(lo, here.lo), here.hi if hi is None else hi if here.hi is None else min(hi, here.hi)
+        choices: list[Choice] = []
+        ranges: list[Range] = []
+        for choice, told in zip(self.choices, self.decision.ranges, strict=True):
+            if choice is not here:
+                choices.append(choice)
+                ranges.append(told)
+                continue
+            parts = [(choice.lo, lo - 1, choice, told), (lo, hi, won, measured._told(told.symbol))]
+            parts += [] if hi is None else [(hi + 1, choice.hi, choice, told)]
+            for first, last, made, range_ in parts:
+                if last is None or first <= last:
+                    choices.append(dataclasses.replace(made, lo=first, hi=last))
+                    ranges.append(dataclasses.replace(range_, lo=first, hi=last))
+        decision = dataclasses.replace(measured.decision, ranges=tuple(ranges))
+        return dataclasses.replace(self, decision=decision, choices=tuple(choices))
+
+    def _near(self, winner: int) -> tuple[int, int | None]:
+        spans = self.spans(winner) if self.spans else []
+        at = self.traced or 0
+        found = ((lo, hi) for lo, hi, w in spans if lo <= at and (hi is None or at <= hi) and w == winner)
+        return next(found, (at, at))
+
+    def _told(self, symbol: str) -> Range:
+        candidate = self.choices[0].candidate
+        name = candidate.name if candidate else INDUCTOR
+        return Range(symbol, 0, None, self.decision.verdict, name, self.decision.reason)
 
 
 @dataclass(frozen=True)
@@ -111,35 +154,46 @@ class _Way:
         return self.candidate.traffic + self.rest.traffic
 
 
-def judge(match: Match, offers: Sequence[Offer], machine: Machine, *, baseline: Plan | None = None) -> Judgement:
+def judge(match: Match, offers: Sequence[Offer], machine: Machine, *, price: Price | None = None) -> Judgement:
     """The verdict on one match. `offers` holds the match itself and its alternatives, in any order.
 
-    `baseline` is what Inductor makes of all their nodes together; it is predicted where not given.
+    `price` tells what Inductor makes of a set of nodes; it is predicted where not given, otherwise measured.
     """
+    measured = price is not None
+    price = price or (lambda nodes: inductor_plan(nodes, machine))
     prologue = set(match.prologue)
     everything = sorted({n for o in offers for n in _replaced(o.site)} - prologue)
-    norm = inductor_plan(match.prologue, machine).share(match.prologue_share)
-    before = baseline if baseline is not None else inductor_plan(everything, machine) + norm
+    norm = price(match.prologue).share(match.prologue_share)
+    before = price(everything) + norm
     ways = []
     for o in (o for o in offers if o.candidates):
         folds = bool(prologue) and match.prologue[-1] in o.site.interior
         gone = set(_replaced(o.site))
-        rest = inductor_plan([n for n in everything if n not in gone], machine) + (Plan(()) if folds else norm)
+        rest = price([n for n in everything if n not in gone]) + (Plan(()) if folds else norm)
         ways += [_Way(o, c, rest, bool(dict(c.details).get("measured"))) for c in o.candidates]
     sizes = _traced(match.op)
     symbol = _symbol(match.op, [before.seconds, *(w.seconds for w in ways)])
     # sizes that were equal when tracing (queries and keys) are taken to vary together, the others to stay
     fixed = {s: symbol if symbol and v == sizes.get(symbol) else v for s, v in sizes.items() if s != symbol}
-    spans = _spans(match.op, before, ways, symbol, fixed)
+
+    def solve(favoured: int | None = None) -> list[_Span]:
+        return _spans(match.op, before, ways, symbol, fixed, favoured)
+
+    winners: list[_Way | None] = [None, *ways]
+    solved = solve()
     traced = sizes.get(symbol) if symbol is not None else None
-    here = next(w for lo, hi, w in spans if traced is None or (lo <= traced and (hi is None or traced <= hi)))
-    context = _Context(match, offers, machine, before, ways, sizes)
+    won = next(w for lo, hi, w in solved if traced is None or (lo <= traced and (hi is None or traced <= hi)))
+    spans, here = [(lo, hi, winners[w]) for lo, hi, w in solved], winners[won]
+    context = _Context(match, offers, machine, before, ways, sizes, measured)
     return Judgement(
         match,
         context.decision(here, () if symbol is None else tuple(context.range(symbol, *span) for span in spans)),
         tuple(Choice(lo, hi, *_place(match, w), w.candidate if w else None) for lo, hi, w in spans),
         symbol,
         traced,
+        sizes,
+        won,
+        solve,
     )
 
 
@@ -148,20 +202,29 @@ def _place(match: Match, way: _Way | None) -> tuple[FusedOp, Site]:
 
 
 def _spans(
-    op: FusedOp, before: Plan, ways: Sequence[_Way], symbol: sympy.Symbol | None, fixed: _Values
-) -> list[tuple[int, int | None, _Way | None]]:
-    """(lo, hi, the way that wins or None for Inductor) over the sizes of the symbol; without one, a single entry."""
+    op: FusedOp,
+    before: Plan,
+    ways: Sequence[_Way],
+    symbol: sympy.Symbol | None,
+    fixed: _Values,
+    favoured: int | None = None,
+) -> list[_Span]:
+    """Which way wins over the sizes of the symbol; without one, a single entry. With one way `favoured` by CLOSE, all
+    ranges are given, however many."""
     costs = [_fix(c, fixed) for c in (before.seconds, *(w.priced() for w in ways))]
+    if favoured is not None:
+        seconds = before.seconds if favoured == 0 else ways[favoured - 1].seconds
+        costs[favoured] = _fix(seconds, fixed) / (1 + CLOSE)
     valid = [True, *(_fix_condition(w.candidate.valid, fixed) for w in ways)]
-    winners: list[_Way | None] = [None, *ways]
     if symbol is None:
         usable = [i for i, ok in enumerate(valid) if ok in (True, sympy.true)]
-        return [(0, None, winners[min(usable, key=lambda i: float(costs[i]))])]
+        return [(0, None, min(usable, key=lambda i: float(costs[i])))]
     begin, end = range_of(_size_with(op, symbol), symbol)
     lo = max(begin, 1)  # nothing is computed for size 0, so it has no price of its own
-    spans = cheapest(costs, symbol, lo, FAR if end is None else max(lo, min(end, FAR)), valid, at_most=MOST_RANGES)
+    far = FAR if end is None else max(lo, min(end, FAR))
+    spans = cheapest(costs, symbol, lo, far, valid, at_most=MOST_RANGES if favoured is None else None)
     first, last = spans[0], spans[-1]
-    return [(begin if s is first else s.lo, end if s is last else s.hi, winners[s.winner]) for s in spans]
+    return [(begin if s is first else s.lo, end if s is last else s.hi, s.winner) for s in spans]
 
 
 # ---- nodes --------------------------------------------------------------------------------------
@@ -176,7 +239,8 @@ def _replaced(site: Site) -> list[Node]:
 
 # ---- symbols ------------------------------------------------------------------------------------
 def _symints(op: FusedOp) -> list[torch.SymInt]:
-    values = [getattr(op, f.name) for f in fields(op)]
+    attributes = [getattr(op, f.name) for f in fields(op)]
+    values = [v for a in attributes for v in (a if isinstance(a, tuple) else (a,))]
     return [v for v in values if isinstance(v, torch.SymInt) and is_symbolic(v.node.expr)]
 
 
@@ -215,6 +279,7 @@ class _Context:
     before: Plan
     ways: Sequence[_Way]
     sizes: Mapping[sympy.Symbol, int]
+    measured: bool  # what Inductor takes
 
     def decision(self, way: _Way | None, ranges: tuple[Range, ...]) -> Decision:
         before = Work.of(self.before.traffic, self.before.seconds, self.sizes)
@@ -255,10 +320,12 @@ class _Context:
         unavailable = [u.reason for o in self.offers for _, u in o.unavailable]
         invalid = [w.candidate for w in self.ways if w not in usable]
         closest = None if best is None else (best.candidate.name, Work.of(best.traffic, best.seconds, sizes))
-        return kept_reason(self.match.op, self.machine, self.before, before, closest, unavailable, invalid)
+        measured = (best is not None and best.measured, self.measured)
+        return kept_reason(self.match.op, self.machine, self.before, before, closest, unavailable, invalid, measured)
 
     def _options(self, before: Work) -> tuple[Option, ...]:
-        listed = [Option(INDUCTOR, "left to Inductor", before)]
+        known = (("measured", True),) if self.measured else ()
+        listed = [Option(INDUCTOR, "left to Inductor", before, details=known)]
         for way in self.ways:
             c = way.candidate
             work = Work.of(way.traffic, way.seconds, self.sizes)

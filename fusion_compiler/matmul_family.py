@@ -7,15 +7,18 @@ besides is an extra. A refusal is a sentence.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Node
 
-from .algebra import POINTWISE, Value
+from .algebra import POINTWISE, Algebra, Value
 from .fused import Extra, MatmulFamily, RowNorm, Site
 from .norms import NORMS
+from .raising.products import weight_value
 from .semantics import SemanticView
-from .shapes import Product, extent, shape_of
+from .shapes import Product, count, extent, shape_of
 from .sites import holding, interior_between, site_of
 
 _EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
@@ -44,12 +47,13 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     products = [view.products(v)[0] for v in linears]
     x_node = products[0].x
     dtype = x_node.meta["val"].dtype
-    m, k = x_node.meta["val"].shape[-2:]
+    *leading, k = x_node.meta["val"].shape
+    m = math.prod(leading)
     first, end = products[0].features
     n = end - first
     if any(p.features[1] - p.features[0] != n for p in products):
         return "its linears have different numbers of output features, so their products cannot be combined"
-    if _count(shape_of(output)) != _count((extent(m), extent(n))):
+    if count(shape_of(output)) != count((extent(m), n)):
         return "the result is not one value per row and output feature"
 
     weights, layouts = [], set()
@@ -63,7 +67,7 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
         return "one weight is stored [out, in] and the other [in, out]; store both the same way"
 
     extras: list[tuple[Extra, Node]] = []
-    epilogue = _epilogue(view, root, linears, extras, {})
+    epilogue = _epilogue(view, root, linears, extras, {}, (extent(m), n))
     if isinstance(epilogue, str):
         return epilogue
 
@@ -83,13 +87,6 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     rows = next(n for n in view.nodes(x_value) if n.meta["val"].dtype == dtype)
     families.append(Family(op, site_of(view, output, (rows, *tail))))
     return families
-
-
-def _count(shape: tuple[object, ...]) -> object:
-    total: object = 1
-    for size in shape:
-        total = total * size  # type: ignore[operator]
-    return total
 
 
 def _until_linear(root: Value) -> list[Value]:
@@ -123,16 +120,17 @@ def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] |
     w = product.weight
     k, n = (extent(s) for s in w.meta["val"].shape[-2:])
     along_k, along_n = (extent(s) for s in w.meta["val"].stride()[-2:])
+    stored = weight_value(view, w)
     if along_k == 1 and along_n != 1:
-        stored = view.value(w)
         held, wanted, kn = view.nodes(stored.args[0]) if stored.op == "permute" else (), (n, k), False
     elif along_n == 1:
-        held, wanted, kn = [w], (k, n), True
+        held, wanted, kn = view.nodes(stored), (k, n), True
     else:
         return "a weight is strided in both axes; make it contiguous"
     for node in held:
-        value = node.meta["val"]
-        if value.dtype == w.meta["val"].dtype and shape_of(node)[-2:] == wanted and extent(value.stride()[-1]) == 1:
+        value, shape = node.meta["val"], shape_of(node)
+        fits = shape[-2:] == wanted and count(shape) == count(wanted)
+        if fits and value.dtype == w.meta["val"].dtype and extent(value.stride()[-1]) == 1:
             return node, kn
     return "a weight's storage could not be found as a matrix; make it contiguous"
 
@@ -159,9 +157,14 @@ def _folded_norm(
 
 
 def _epilogue(
-    view: SemanticView, value: Value, linears: list[Value], extras: list[tuple[Extra, Node]], memo: dict[Value, Value]
+    view: SemanticView,
+    value: Value,
+    linears: list[Value],
+    extras: list[tuple[Extra, Node]],
+    memo: dict[Value, Value],
+    shape: tuple[Any, Any],
 ) -> Value | str:
-    """`value` rewritten over acc(i) and extra(j); extras found on the way are appended."""
+    """`value`, of `shape`, rewritten over acc(i) and extra(j); extras found on the way are appended."""
     algebra = view.algebra
     if value in memo:
         return memo[value]
@@ -170,33 +173,66 @@ def _epilogue(
     elif value.op == "const":
         return value
     elif not any(v.op == "linear" for v in _until_linear(value)):
-        extra = _extra(view, value)
+        extra = _extra(view, value, shape)
         if isinstance(extra, str):
-            return extra
+            # what only arose by normalising, such as −r in acc − r, is computed from tensors that do exist
+            opened = _opened(algebra, value)
+            return extra if opened is None else _rewritten(view, opened, linears, extras, memo, shape)
         extras.append(extra)
         result = algebra.make("extra", index=len(extras) - 1)
     elif value.op == "bcast":
         return "a product is repeated along an axis after the matmul"
     else:
-        args = []
-        for a in value.args:
-            inner = _epilogue(view, a, linears, extras, memo)
-            if isinstance(inner, str):
-                return inner
-            args.append(inner)
-        result = algebra.make(value.op, *args, **dict(value.attrs))
+        rewritten = _rewritten(view, value, linears, extras, memo, shape)
+        if isinstance(rewritten, str):
+            return rewritten
+        result = rewritten
     memo[value] = result
     return result
 
 
-def _extra(view: SemanticView, value: Value) -> tuple[Extra, Node] | str:
-    kind, inner = "full", value
+def _rewritten(
+    view: SemanticView,
+    value: Value,
+    linears: list[Value],
+    extras: list[tuple[Extra, Node]],
+    memo: dict[Value, Value],
+    shape: tuple[Any, Any],
+) -> Value | str:
+    """The same operation on its rewritten arguments."""
+    args = []
+    for a in value.args:
+        inner = _epilogue(view, a, linears, extras, memo, shape)
+        if isinstance(inner, str):
+            return inner
+        args.append(inner)
+    return view.algebra.make(value.op, *args, **dict(value.attrs))
+
+
+def _opened(algebra: Algebra, value: Value) -> Value | None:
+    """A pointwise operation as one on repeated tensors, where `value` is one or repeats the result of one."""
+    inner = value.args[0] if value.op == "bcast" else value
+    if inner.op not in POINTWISE or not inner.args:
+        return None
+    if inner is value:
+        return value
+    groups = value.attr("groups")
+    return algebra.make(inner.op, *(algebra.bcast(a, groups) for a in inner.args), **dict(inner.attrs))
+
+
+def _extra(view: SemanticView, value: Value, shape: tuple[Any, Any]) -> tuple[Extra, Node] | str:
+    kind, inner, wanted, first = "full", value, count(shape), 0
     if value.op == "bcast":
-        found = _EXTRA_KINDS.get(tuple(kept for _, kept in value.attr("groups")))
-        if found is None:
-            return "a tensor is repeated along more than rows or columns in the epilogue"
-        kind, inner = found, value.args[0]
-    nodes = view.nodes(inner)
-    if not nodes:
+        groups = value.attr("groups")
+        kind = _EXTRA_KINDS.get(tuple(kept for _, kept in groups), "")
+        wanted = {"col": shape[1], "row": shape[0], "scalar": 1}.get(kind)
+        if wanted is None or count(size for size, kept in groups if kept) != wanted:
+            return "a tensor is repeated otherwise than along rows or columns in the epilogue"
+        inner = value.args[0]
+    if inner.op == "slice" and wanted == shape[1] and len(inner.attr("shape")) == 1 and not view.nodes(inner):
+        # part of a packed bias, which is a value and no node; in one row it is not repeated
+        kind, first, [wanted], inner = "col", inner.attr("start"), inner.attr("shape"), inner.args[0]
+    node = next((n for n in view.nodes(inner) if count(shape_of(n)) == wanted), None)
+    if node is None:
         return f"an operand of the epilogue ({inner.op}) is not a tensor of its own in the graph"
-    return Extra(kind, nodes[0].meta["val"].dtype), nodes[0]  # type: ignore[arg-type]
+    return Extra(kind, node.meta["val"].dtype, first), node  # type: ignore[arg-type]

@@ -27,7 +27,8 @@ def normalise_product(algebra: Algebra, factors: Sequence[Value]) -> Value:
 
 
 def normalise_sum(algebra: Algebra, terms: Sequence[Value]) -> Value:
-    """The sum of `terms`, with a layer norm's bias taken into it."""
+    """The sum of `terms`, with variances recognised in it and a layer norm's bias taken into it."""
+    terms = _variance_of_moments(algebra, list(terms))
     if len(terms) == 2:
         for norm, other in (terms, terms[::-1]):
             if norm.op != "layer_norm" or len(norm.args) != 2:
@@ -36,6 +37,19 @@ def normalise_sum(algebra: Algebra, terms: Sequence[Value]) -> Value:
             if bias is not None:
                 return algebra.make("layer_norm", *norm.args, bias, **dict(norm.attrs))
     return algebra.add(*terms)
+
+
+def _variance_of_moments(algebra: Algebra, terms: list[Value]) -> list[Value]:
+    """mean(x²) − mean(x)² is var(x)."""
+    for square in terms:
+        if square.op != "mean" or square.args[0].op != "pow" or square.args[0].attr("exponent") != 2.0:
+            continue
+        x, size = square.args[0].args[0], square.attr("size")
+        subtracted = algebra.neg(algebra.pow(algebra.make("mean", x, size=size), 2.0))
+        if subtracted in terms:
+            rest = [t for t in terms if t is not square and t is not subtracted]
+            return [*rest, algebra.make("var", x, size=size)]
+    return terms
 
 
 def _constant(factors: Sequence[Value]) -> float:
@@ -64,8 +78,14 @@ def _norm(algebra: Algebra, factors: list[Value]) -> list[Value] | None:
         inverse = scale.args[0] if scale.op == "bcast" else scale
         if inverse.op != "pow" or inverse.attr("exponent") != -0.5:
             continue
-        eps, statistic = _shifted(inverse.args[0])
+        eps, statistic = _shifted(algebra, inverse.args[0])
         rest = [f for f in factors if f is not scale]
+        if statistic.op == "sum" and math.isclose(_constant(rest) ** 2, statistic.attr("size"), rel_tol=1e-6):
+            # √n·(Σ + c)^−½ is (Σ/n + c/n)^−½
+            eps, statistic = eps / statistic.attr("size"), algebra.make("mean", *statistic.args, **dict(statistic.attrs))
+            rest = [f for f in rest if f.op != "const"]
+        if not _repeats_along_rows(scale, statistic.attr("size")):
+            continue
         if statistic.op == "mean" and statistic.args[0].op == "pow" and statistic.args[0].attr("exponent") == 2.0:
             inner = statistic.args[0].args[0]
             mean, x = _centred(inner)
@@ -93,11 +113,14 @@ def _unweighted(algebra: Algebra, op: str, x: Value, eps: float, statistic: Valu
     return algebra.make(op, x, eps=eps, size=size, offset=0.0, single=single)
 
 
-def _shifted(value: Value) -> tuple[float, Value]:
+def _shifted(algebra: Algebra, value: Value) -> tuple[float, Value]:
     """(eps, statistic) of `statistic + eps`."""
+    eps, statistic = 0.0, value
     if value.op == "add" and len(value.args) == 2 and value.args[0].op == "const":
-        return value.args[0].attr("value"), value.args[1]
-    return 0.0, value
+        eps, statistic = value.args[0].attr("value"), value.args[1]
+    if statistic.op == "mul":
+        statistic = algebra.mul(*_mean_of_sum(algebra, list(statistic.args)))
+    return eps, statistic
 
 
 def _centred(value: Value) -> tuple[Value | None, Value]:
@@ -105,10 +128,21 @@ def _centred(value: Value) -> tuple[Value | None, Value]:
     if value.op == "add" and len(value.args) == 2:
         for x, shift in (value.args, value.args[::-1]):
             if shift.op == "mul" and len(shift.args) == 2 and shift.args[0].op == "const":
-                mean = shift.args[1].args[0] if shift.args[1].op == "bcast" else shift.args[1]
-                if shift.args[0].attr("value") == -1.0 and mean.op == "mean" and mean.args[0] is x:
+                repeated = shift.args[1]
+                mean = repeated.args[0] if repeated.op == "bcast" else repeated
+                if shift.args[0].attr("value") != -1.0 or mean.op != "mean" or mean.args[0] is not x:
+                    continue
+                if _repeats_along_rows(repeated, mean.attr("size")):
                     return mean, x
     return None, value
+
+
+def _repeats_along_rows(value: Value, size: object) -> bool:
+    """Whether `value` gives each row of `size` elements one number, and not, in a square matrix, each column."""
+    if value.op != "bcast":
+        return size == 1
+    groups = value.attr("groups")
+    return groups == ((size, False),) or ([k for _, k in groups] == [True, False] and groups[-1][0] == size)
 
 
 def _divide(factors: list[Value], x: Value) -> list[Value] | None:
@@ -143,8 +177,10 @@ def _weight(algebra: Algebra, factors: list[Value]) -> list[Value] | None:
 
 def _per_column(value: Value, norm: Value) -> Value | None:
     """v where `value` is v [N] repeated along the rows of the norm's result [M, N]."""
-    if value.op == "bcast" and [kept for _, kept in value.attr("groups")] == [False, True]:
-        return value.args[0]
+    if value.op == "bcast":
+        groups = value.attr("groups")
+        fits = [kept for _, kept in groups] == [False, True] and groups[-1][0] == norm.attr("size")
+        return value.args[0] if fits else None
     if norm.attr("single") and value.op in ("leaf", "add") and all(a.op in ("leaf", "const") for a in value.args):
         return value
     return None

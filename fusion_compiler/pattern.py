@@ -1,45 +1,61 @@
 """Patterns, declared as plain PyTorch functions.
 
-    @pattern(name="gated_mlp", examples=[Example(lambda: (x, w_gate, w_up))])
+    @pattern(name="gated_mlp", examples=[Example(lambda: (x, w_gate, w_up, b_gate))])
     def gated_mlp(x, w_gate, w_up, b_gate=None, act=choice(F.silu, F.gelu)):
         return act(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up)
 
-The function is traced once on its first example and raised by the same code as the user's graph, so one declaration
-covers all spellings, dtypes and ranks. A parameter whose default is None is optional; one whose default is a `choice`
-stands for each of the alternatives. Everything else is a tensor, and matches any tensor.
+The function is traced on its first example and raised by the same code as the user's graph, so one declaration covers
+all spellings, dtypes and ranks. What a parameter is, its default says:
+
+    none                     a tensor; it matches any tensor
+    None                     a tensor that may be absent
+    a number (eps=1e-6)      a literal: bound to whatever number the graph has there
+    literal(1e-6, hi=1e-3)   a literal in a range
+    choice(F.silu, F.gelu)   any of the alternatives
+
+Numbers that the function writes itself are demanded as they are. A match becomes a `MatmulFamily`, for which kernels
+are generated, and, where kernels are registered for the pattern or it has no linear, a `Declared` op.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from . import decompositions, matmul_family
+from . import matmul_family
 from .algebra import Value
+from .arguments import Binder
 from .fused import FusedOp, Site
+from .kernels import kernels_of
 from .match import Match, NearMiss
 from .semantics import SemanticView
 from .sites import outputs_of
-from .unify import Furthest, Unifier, is_telling
+from .unify import Bindings, Furthest, Unifier, Variant, is_telling
+from .variants import Choice, Literal, Parameters, PatternError, raise_variants, trace
 
-Constraint = Callable[[FusedOp, Site], str | None]
+__all__ = [
+    "AnyPattern", "Choice", "Constraint", "Example", "Literal", "Pattern", "PatternError", "RecognisedPattern",
+    "choice", "literal", "pattern", "trace",
+]  # fmt: skip
+
+# Called with what its parameters name: `op`, `site`, and parameters of the pattern (a bound number, the chosen
+# alternative, the node of a tensor, None for what is absent). Returns why the pattern is refused, or None.
+Constraint = Callable[..., str | None]
 
 
-@dataclass(frozen=True)
-class Choice:
-    alternatives: tuple[Callable[..., Any], ...]
-
-
-def choice(*alternatives: Callable[..., Any]) -> Any:
-    """A parameter of a pattern that stands for any one of these functions."""
+def choice(*alternatives: Any) -> Any:
+    """A parameter of a pattern that stands for any one of these functions or values."""
     return Choice(alternatives)
+
+
+def literal(default: float, *, lo: float | None = None, hi: float | None = None) -> Any:
+    """A parameter of a pattern that is a number of the graph, from `lo` to `hi`."""
+    return Literal(default, lo, hi)
 
 
 @dataclass(frozen=True)
@@ -57,14 +73,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One raised form of a pattern: its root, and its parameters among the leaves."""
-
-    root: Value
-    parameters: Mapping[Value, str]
-
-
-@dataclass(frozen=True)
 class Pattern:
     """A declared pattern. `constraints` look at the fused op and say why it is refused, or return None."""
 
@@ -76,30 +84,21 @@ class Pattern:
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """Every combination of optional parameters and choices, raised."""
-        parameters = inspect.signature(self.function).parameters
-        values = dict(zip(parameters, self.examples[0].inputs(), strict=False))
-        alternatives: list[list[Any]] = []
-        for name, p in parameters.items():
-            if isinstance(p.default, Choice):
-                alternatives.append(list(p.default.alternatives))
-            elif p.default is None:
-                alternatives.append([None, values[name]])
-            else:
-                alternatives.append([values[name]])
-        forms: dict[str, Variant] = {}
-        for arguments in itertools.product(*alternatives):
-            variant = _raise(self.function, dict(zip(parameters, arguments, strict=True)))
-            forms.setdefault(repr(variant.root), variant)
-        return tuple(forms.values())
+        return raise_variants(self.name, self.function, self.examples[0].inputs)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        return Parameters.of(self.name, self.function)
 
     def find(self, view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
         """Every place where the pattern stands in a graph, and every place where most of it does."""
         matched: dict[Value, list[Match]] = {}
         missed: list[tuple[Value, NearMiss]] = []
+        binder = Binder(view, self.name, self.function)
         for value in view.values():
             variants = [v for v in self.variants if v.root.op == value.op]
             for output in outputs_of(view, value) if variants else ():
-                found = self._at(view, value, output, variants)
+                found = self._at(binder, value, output, variants)
                 if isinstance(found, Match):
                     matched.setdefault(value, []).append(found)
                 elif isinstance(found, NearMiss):
@@ -108,45 +107,79 @@ class Pattern:
         near_misses = [n for value, n in missed if not any(a in matched for a in value.args)]
         return [m for found in matched.values() for m in found], near_misses
 
-    def _at(
-        self, view: SemanticView, value: Value, output: Any, variants: Sequence[Variant]
-    ) -> Match | NearMiss | None:
+    def _at(self, binder: Binder, value: Value, output: Any, variants: Sequence[Variant]) -> Match | NearMiss | None:
         shape = output.meta["val"].shape
         single_row = all(s == 1 for s in shape[:-1] if not isinstance(s, torch.SymInt)) and not any(
             isinstance(s, torch.SymInt) for s in shape[:-1]
         )
         closest: Furthest | None = None
         for variant in variants:
-            unifier = Unifier(variant.parameters, single_row)
-            if unifier.match(variant.root, value) is not None:
-                return self._matched(view, value, output)
+            unifier = Unifier(variant, single_row)
+            bindings = unifier.match(value)
+            if bindings is not None:
+                return self._matched(binder, value, output, variant, bindings)
             reached = unifier.furthest
             if reached is not None and is_telling(reached) and (closest is None or reached.depth > closest.depth):
                 closest = reached
         if closest is None:
             return None
-        node = next(iter(view.nodes(closest.found)), output)
+        node = next(iter(binder.view.nodes(closest.found)), output)
         return NearMiss(self.name, node, closest.reason)
 
-    def _matched(self, view: SemanticView, value: Value, output: Any) -> Match | NearMiss | None:
+    def _matched(
+        self, binder: Binder, value: Value, output: Any, variant: Variant, bindings: Bindings
+    ) -> Match | NearMiss | None:
+        view = binder.view
         if matmul_family.is_piece(view, value):
             return None  # the packed linear that it is a piece of is looked at as a whole
-        families = matmul_family.build(view, value, output)
-        if isinstance(families, str):
-            return NearMiss(self.name, output, families)
-        reasons = []
+        literals = self.parameters.literals
+        for name, number in bindings.literals.items():
+            refusal = literals[name].refusal(name, number)
+            if refusal is not None:
+                return NearMiss(self.name, output, refusal)
+        numbers = {name: known.value(bindings.literals.get(name, known.default)) for name, known in literals.items()}
+        given = {**variant.fixed, **numbers}
+        forms, reasons = self._forms(binder, value, output, bindings, given)
+        nodes = {name: next(iter(view.nodes(v)), None) for name, v in bindings.tensors.items()}
         legal = []
-        for family in families:
-            reason = next((r for c in self.constraints if (r := c(family.op, family.site)) is not None), None)
-            if reason is None:
-                legal.append(family)
+        for form in forms:
+            facts = {"op": form[0], "site": form[1], **nodes, **given}
+            refused = next((r for c in self.constraints if (r := ask(c, facts)) is not None), None)
+            if refused is None:
+                legal.append(form)
             else:
-                reasons.append(reason)
+                reasons.append(refused)
         if not legal:
             return NearMiss(self.name, output, reasons[0])
-        first, *others = legal
-        alternatives = tuple((f.op, f.site) for f in others)
-        return Match(self.name, first.op, first.site, alternatives, first.prologue)
+        (op, site, prologue), *others = legal
+        return Match(self.name, op, site, tuple((op, site) for op, site, _ in others), prologue)
+
+    def _forms(
+        self, binder: Binder, value: Value, output: Any, bindings: Bindings, given: Mapping[str, Any]
+    ) -> tuple[list[tuple[FusedOp, Site, tuple[Any, ...]]], list[str]]:
+        """The fused ops that a match can be seen as, with the nodes of a folded norm; and why not as others."""
+        forms: list[tuple[FusedOp, Site, tuple[Any, ...]]] = []
+        reasons = []
+        generated = any(v.op == "linear" for v in self.variants[0].root.walk())
+        if generated:
+            families = matmul_family.build(binder.view, value, output)
+            if isinstance(families, str):
+                reasons.append(families)
+            else:
+                forms += [(f.op, f.site, f.prologue) for f in families]
+        if not generated or kernels_of(self.function):
+            declared = binder.declared(value, output, bindings, given)
+            if isinstance(declared, str):
+                reasons.append(declared)
+            else:
+                forms.append((*declared, ()))
+        return forms, reasons
+
+
+def ask(constraint: Constraint, facts: Mapping[str, Any]) -> str | None:
+    """The answer of a constraint, given of the facts what its parameters name."""
+    asked = inspect.signature(constraint).parameters.values()
+    return constraint(**{p.name: facts.get(p.name) for p in asked if p.default is p.empty})
 
 
 @dataclass(frozen=True)
@@ -180,36 +213,21 @@ def pattern(
 ) -> Callable[[Callable[..., Any]], Pattern]:
     """Declare a pattern. The first example is also what the function is traced with, so it gives every argument.
 
-    Raises ValueError where there is no example to trace with.
+    Raises PatternError where the function cannot be traced, or could match nothing.
     """
     if not examples:
-        raise ValueError(f"pattern {name!r} has no example; give one, so that the function can be traced")
+        raise PatternError(f"pattern {name!r} has no example; give one, so that the function can be traced")
 
     def declare(function: Callable[..., Any]) -> Pattern:
-        return Pattern(name, function, tuple(constraints), tuple(examples))
+        declared = Pattern(name, function, tuple(constraints), tuple(examples))
+        known = {"op", "site", *declared.parameters.names}
+        for constraint in constraints:
+            for p in inspect.signature(constraint).parameters.values():
+                if p.name not in known and p.default is p.empty:
+                    raise PatternError(
+                        f"pattern {name!r}: a constraint asks for `{p.name}`; it can ask for {', '.join(sorted(known))}"
+                    )
+        assert declared.variants  # raises what is wrong with the function
+        return declared
 
     return declare
-
-
-def trace(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
-    """The functional, decomposed ATen graph of a function on inputs of these shapes."""
-    with torch.no_grad():
-        graph_module = make_fx(function, decomposition_table=decompositions.table(), tracing_mode="fake")(*inputs)
-        if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in graph_module.graph.nodes):
-            # some decompositions update in place; the graphs we match never do
-            functional = torch.func.functionalize(graph_module, remove="mutations")
-            graph_module = make_fx(functional, tracing_mode="fake")(*inputs)
-        return graph_module
-
-
-def _raise(function: Callable[..., Any], arguments: dict[str, Any]) -> Variant:
-    tensors = {name: a for name, a in arguments.items() if isinstance(a, torch.Tensor)}
-    fixed = {name: a for name, a in arguments.items() if name not in tensors}
-    graph_module = trace(
-        lambda *values: function(**dict(zip(tensors, values, strict=True)), **fixed), [*tensors.values()]
-    )
-    view = SemanticView(graph_module)
-    inputs = graph_module.graph.find_nodes(op="placeholder")
-    parameters = {view.value(n): name for n, name in zip(inputs, tensors, strict=True)}
-    root = view.value(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
-    return Variant(root, parameters)

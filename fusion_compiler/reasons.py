@@ -36,8 +36,10 @@ def kept_reason(
     closest: tuple[str, Work] | None,
     unavailable: Sequence[str],
     invalid: Sequence[Candidate],
+    measured: tuple[bool, bool] = (False, False),
 ) -> str:
-    """`closest` is the cheapest candidate that may be used here, with what it leaves to Inductor."""
+    """`closest` is the cheapest candidate that may be used here, with what it leaves to Inductor. `measured` tells
+    whether its time and Inductor's are measured rather than predicted."""
     cause = _cause(op, machine, plan, before)
     if closest is None:
         if invalid:
@@ -46,7 +48,11 @@ def kept_reason(
         return f"{cause + '; ' if cause else ''}no kernel for {machine.name}: {refusals}"
     name, after = closest
     change = 100 * (after.seconds / before.seconds - 1)
-    figures = f"{name} is predicted at {duration(after.seconds)}, Inductor at {duration(before.seconds)}"
+    how, rival = ("measured" if m else "predicted" for m in measured)
+    rival = "" if rival == how else f" {rival}"
+    figures = f"{name} is {how} at {duration(after.seconds)}, Inductor{rival} at {duration(before.seconds)}"
+    if all(measured):
+        return figures
     if change < -100 * MARGIN:
         figures += "; it is given up so that few ranges of sizes need a compilation of their own"
     elif change < 0:

@@ -64,20 +64,28 @@ def _decisions(decisions: Sequence[Decision]) -> Table:
     table.add_column("Fusion and place", width=31, overflow="fold")
     table.add_column("Predicted", width=20)
     table.add_column("Verdict", ratio=1, overflow="fold")
-    for (first, places), count in _grouped(decisions):
+    # what was fused comes first; within that, graph order
+    for (first, places), count in _grouped(sorted(decisions, key=lambda d: d.verdict != "fused")):
         table.add_row(f"{first.pattern}{_count(count)}\n{_place(places)}", _work(first), _verdict(first))
     return table
 
 
 def _work(decision: Decision) -> str:
     before, after = decision.before, decision.after
+    timed = "\n(time measured)" if _is_measured(decision) else ""
     if after is None:
-        return f"{duration(before.seconds)}\n{size(before.bytes)}\n{_kernels(before)}"
+        return f"{duration(before.seconds)}\n{size(before.bytes)}\n{_kernels(before)}{timed}"
     return (
         f"{duration(before.seconds)} → {duration(after.seconds)}\n"
         f"{size(before.bytes)} → {size(after.bytes)}\n"
-        f"{before.launches} → {_kernels(after)}"
+        f"{before.launches} → {_kernels(after)}{timed}"
     )
+
+
+def _is_measured(decision: Decision) -> bool:
+    """Whether the times shown are measured: of what was chosen, or of Inductor where nothing was."""
+    inductor = decision.candidates[0].details if decision.candidates else ()
+    return ("measured", True) in (decision.details if decision.after else inductor)
 
 
 def _kernels(work: Work) -> str:
@@ -87,7 +95,7 @@ def _kernels(work: Work) -> str:
 def _verdict(decision: Decision) -> str:
     lines = [f"{decision.verdict}: {decision.reason}"]
     if decision.kernel:
-        lines.append(f"kernel: {decision.kernel}")
+        lines.append(f"kernel: {decision.kernel.removesuffix('.default')}")
     lines += map(str, decision.ranges)
     if decision.error is not None:
         lines.append(f"verified: largest relative difference {decision.error:.1e}")
@@ -100,13 +108,18 @@ def _total(report: Report) -> str:
     inside = [d.pattern for d in report.decisions if d not in outer]
     also = f" Inside these places also matched: {_counted(inside)}." if inside else ""
     if not fused:
-        return f"Of {matches} none is fused: none was predicted to pay.{also}"
+        return f"Of {matches} none is fused: none was {_known(outer)} to pay.{also}"
     before = sum(d.before.seconds for d in report.fused)
     launches = sum(d.before.launches - d.after.launches for d in report.fused if d.after)
     return (
-        f"Of {matches} {fused} {'is' if fused == 1 else 'are'} fused: predicted {duration(before)} → "
+        f"Of {matches} {fused} {'is' if fused == 1 else 'are'} fused: {_known(report.fused)} {duration(before)} → "
         f"{duration(before - report.saving)}, saving {duration(report.saving)} and {launches} kernel launches.{also}"
     )
+
+
+def _known(decisions: Sequence[Decision]) -> str:
+    found = {_is_measured(d) for d in decisions}
+    return "partly measured" if len(found) > 1 else "measured" if True in found else "predicted"
 
 
 def _counted(names: Sequence[str]) -> str:

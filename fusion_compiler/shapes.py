@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -16,8 +18,23 @@ Groups = tuple[tuple[Any, bool], ...]
 
 
 def extent(size: Any) -> Any:
-    """A size as something hashable that compares without installing guards: int or sympy expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+    """A size as something hashable that compares without installing guards: an int, or a sympy expression in one form."""
+    return _normal(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _normal(size: Any) -> Any:
+    """s·(t + 1) and s·t + s are one size: sums of products, which compare as they stand."""
+    expanded = sympy.expand(size)
+    return int(expanded) if expanded.is_Integer else expanded
+
+
+def count(sizes: Iterable[Any]) -> Any:
+    """The number of elements of a shape of extents."""
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total if isinstance(total, int) else _normal(total)
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
@@ -38,7 +55,7 @@ def broadcast_groups(shape: Sequence[Any], out: Sequence[Any]) -> Groups | None:
             return None
         kept = size == whole
         if groups and groups[-1][1] == kept:
-            groups[-1] = (groups[-1][0] * whole, kept)
+            groups[-1] = (count((groups[-1][0], whole)), kept)
         else:
             groups.append((whole, kept))
     return tuple(groups)
@@ -46,8 +63,8 @@ def broadcast_groups(shape: Sequence[Any], out: Sequence[Any]) -> Groups | None:
 
 @dataclass(frozen=True)
 class Product:
-    """A node (mm, addmm, or bmm over one batch) that multiplies `x` with `weight` [K, N]; a linear made of part of its
-    outputs has fewer `features` (first, end) than the weight has columns."""
+    """A node (mm, addmm, or bmm with one weight for all batches) that multiplies `x` [..., K] with `weight` [..., K, N];
+    a linear made of part of its outputs has fewer `features` (first, end) than the weight has columns."""
 
     node: Node
     x: Node

@@ -1,20 +1,65 @@
 """Matching one value against another: a pattern's parameters stand for anything, sums and products match in any order.
 
-`Unifier.match` either binds every parameter or remembers the furthest point it reached: the pattern value that was
-wanted, the graph value that was there, and how much of the pattern had matched by then. That is what a near miss says.
+`Unifier.match` binds every tensor parameter to a value and every literal to a number, or remembers the furthest point
+it reached: the pattern value that was wanted, the graph value that was there, and how much of the pattern had matched
+by then. That is what a near miss says. Numbers that a pattern's function writes down are demanded; those that it takes
+as literal parameters are bound.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from .algebra import Value
 
 _COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "eq", "ne", "logical_and", "logical_or"})
-# Attributes that carry sizes and the numbers of a norm: they are read off the graph, not demanded by the pattern.
-_FREE = frozenset({"size", "groups", "eps", "offset", "single", "kn", "shape"})
+# Attributes that say how large the tensors of the example were and how they were stored, not what is computed.
+_FREE = frozenset({"size", "groups", "single", "kn", "shape"})
+_CLOSE = 1e-4  # numbers in a graph have been through float32, some through bfloat16 first
+
+
+@dataclass(frozen=True)
+class LiteralUse:
+    """A number of a pattern that is factor · literal ** exponent."""
+
+    name: str
+    factor: float = 1.0
+    exponent: float = 1.0
+
+    def literal(self, number: float) -> float | None:
+        """The literal for which the number comes out, or None."""
+        base = number / self.factor
+        if self.exponent == 1.0:
+            return base
+        if base < 0 or (base == 0 and self.exponent < 0):
+            return None
+        return float(base ** (1 / self.exponent))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One raised form of a pattern: its root, its parameters among the leaves, its literals among the numbers.
+
+    `literals` are keyed by a value and the name of the attribute of it that holds the number. `fixed` holds the
+    parameters that the form has decided: the alternative of a choice, None for an optional parameter left out.
+    """
+
+    root: Value
+    parameters: Mapping[Value, str]
+    literals: Mapping[tuple[Value, str], LiteralUse] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """What the parameters of a pattern stand for. `transposed` are those that the graph stores the other way round."""
+
+    tensors: Mapping[str, Value]
+    literals: Mapping[str, float]
+    transposed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -32,43 +77,60 @@ class Furthest:
 
 
 class Unifier:
-    """Matches `pattern` against values of a graph. `parameters` are the pattern's leaves, by name."""
+    """Matches a variant of a pattern against values of a graph.
 
-    def __init__(self, parameters: Mapping[Value, str], single_row: bool = False) -> None:
-        self._parameters = parameters
+    `single_row`: the graph computes one row, where repeating along rows is nothing. `exactly`: the variant was traced
+    with the sizes of the graph, so these must agree as well.
+    """
+
+    def __init__(self, variant: Variant, single_row: bool = False, *, exactly: bool = False) -> None:
+        self._variant = variant
+        self._parameters = variant.parameters
         self._single_row = single_row
-        self._bound: dict[Value, Value] = {}
+        self._free = frozenset({"kn"}) if exactly else _FREE
+        self._tensors: dict[Value, tuple[Value, bool]] = {}
+        self._literals: dict[str, float] = {}
         self._matched: list[Value] = []
         self.furthest: Furthest | None = None
 
-    def match(self, pattern: Value, value: Value) -> dict[str, Value] | None:
+    def match(self, value: Value) -> Bindings | None:
         """The binding of every parameter by name, or None."""
-        if not self._match(pattern, value):
+        if not self._match(self._variant.root, value):
             return None
-        return {self._parameters[leaf]: bound for leaf, bound in self._bound.items()}
+        named = {self._parameters[leaf]: bound for leaf, bound in self._tensors.items()}
+        return Bindings(
+            {name: bound for name, (bound, _) in named.items()},
+            dict(self._literals),
+            frozenset(name for name, (_, transposed) in named.items() if transposed),
+        )
 
-    def _match(self, pattern: Value, value: Value) -> bool:
+    def _match(self, pattern: Value, value: Value, transposed: bool = False) -> bool:
         if pattern in self._parameters:
             if value.op == "const":
                 return self._fail(pattern, value)
-            bound = self._bound.setdefault(pattern, value)
-            return bound is value or self._fail(pattern, value, bound)
-        if pattern.op == "const":
-            close = value.op == "const" and math.isclose(pattern.attr("value"), value.attr("value"), rel_tol=1e-4)
-            return close or self._fail(pattern, value)
+            bound = self._tensors.setdefault(pattern, (value, transposed))
+            return bound == (value, transposed) or self._fail(pattern, value, self._differs(pattern, value))
         if pattern.op == "bcast" and value.op != "bcast" and self._single_row:
-            return self._match(pattern.args[0], value)  # in one row, repeating along rows is nothing
-        if pattern.op != value.op or len(pattern.args) != len(value.args) or not _same_attributes(pattern, value):
+            return self._match(pattern.args[0], value)
+        if pattern.op != value.op or len(pattern.args) != len(value.args):
             return self._fail(pattern, value)
-        before, binding = len(self._matched), dict(self._bound)
+        before = self._state()
+        reason = self._attributes(pattern, value)
+        if reason is not None:
+            self._restore(before)
+            return self._fail(pattern, value, reason)
+        if pattern.op == "const":
+            return True
         self._matched.append(pattern)
         if pattern.op in _COMMUTATIVE:
             matched = self._in_any_order(list(pattern.args), list(value.args))
         else:
-            matched = all(self._match(p, v) for p, v in zip(pattern.args, value.args, strict=True))
+            # a weight stored [in, out] is a transposed weight to a pattern that has it [out, in]
+            flips = [False, pattern.attr("kn") != value.attr("kn")] if pattern.op == "linear" else []
+            flips += [False] * (len(pattern.args) - len(flips))
+            matched = all(self._match(p, v, t) for p, v, t in zip(pattern.args, value.args, flips, strict=True))
         if not matched:
-            del self._matched[before:]
-            self._bound = binding
+            self._restore(before)
         return matched
 
     def _in_any_order(self, patterns: list[Value], values: list[Value]) -> bool:
@@ -78,34 +140,62 @@ class Unifier:
         first = max(patterns, key=lambda p: 0 if p in self._parameters else 1 + sum(1 for _ in p.walk()))
         rest = [p for p in patterns if p is not first]
         for candidate in values:
-            before, binding = len(self._matched), dict(self._bound)
+            before = self._state()
             if self._match(first, candidate):
                 others = list(values)
                 others.remove(candidate)
                 if self._in_any_order(rest, others):
                     return True
-            del self._matched[before:]
-            self._bound = binding
+            self._restore(before)
         return False
 
-    def _fail(self, wanted: Value, found: Value, bound: Value | None = None) -> bool:
+    def _attributes(self, pattern: Value, value: Value) -> str | None:
+        """Binds the literals among the attributes of `pattern`; a sentence where another attribute differs."""
+        if pattern.op == "bcast" and "groups" in self._free:
+            wanted, found = ([k for _, k in v.attr("groups")] for v in (pattern, value))
+            # in one row, the rows are no axis
+            same = wanted == found or (self._single_row and wanted[1:] == found)
+            return None if same else "a tensor is repeated along other axes here than in the pattern"
+        for name, wanted in pattern.attrs:
+            use, found = self._variant.literals.get((pattern, name)), value.attr(name)
+            if use is not None:
+                literal = use.literal(found)
+                if literal is None or not _close(self._literals.setdefault(use.name, literal), literal):
+                    known = self._literals.get(use.name)
+                    return f"`{use.name}` is {known} in one place and not here, where {found} stands"
+            elif name not in self._free and not _close(wanted, found):
+                if pattern.op == "const":
+                    return f"the number {wanted:g} was expected here, and this is {found:g}"
+                cure = "; take it as a parameter with a number as its default to match any" * isinstance(wanted, float)
+                return f"{name} is {found} in {describe(value)} here and {wanted} in the pattern{cure}"
+        return None
+
+    def _state(self) -> tuple[int, dict[Value, tuple[Value, bool]], dict[str, float]]:
+        return len(self._matched), dict(self._tensors), dict(self._literals)
+
+    def _restore(self, state: tuple[int, dict[Value, tuple[Value, bool]], dict[str, float]]) -> None:
+        depth, self._tensors, self._literals = state
+        del self._matched[depth:]
+
+    def _fail(self, wanted: Value, found: Value, reason: str = "") -> bool:
         if self.furthest is None or len(self._matched) > self.furthest.depth:
-            if bound is not None:
-                name = self._parameters[wanted]
-                reason = (
-                    f"`{name}` is {describe(bound)} in one place and {describe(found)} here; it must be the same tensor"
-                )
-            else:
-                reason = f"{describe(wanted)} was expected here, and this is {describe(found)}"
+            reason = reason or f"{describe(wanted)} was expected here, and this is {describe(found)}"
             self.furthest = Furthest(tuple(self._matched), wanted, found, reason)
         return False
 
+    def _differs(self, parameter: Value, found: Value) -> str:
+        first, transposed = self._tensors[parameter]
+        stored = " transposed" * transposed
+        return (
+            f"`{self._parameters[parameter]}` is {describe(first)}{stored} in one place and {describe(found)} here; "
+            "it must be the same tensor"
+        )
 
-def _same_attributes(pattern: Value, value: Value) -> bool:
-    if pattern.op == "bcast":
-        return [k for _, k in pattern.attr("groups")] == [k for _, k in value.attr("groups")]
-    theirs = dict(value.attrs)
-    return all(k in _FREE or theirs.get(k) == v for k, v in pattern.attrs)
+
+def _close(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, float) and isinstance(found, (int, float)):
+        return math.isclose(wanted, found, rel_tol=_CLOSE)
+    return bool(wanted == found)
 
 
 # Operations that stand in every model; having met only these, a pattern was not really there.

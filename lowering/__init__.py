@@ -7,7 +7,8 @@ from fusion_compiler.candidates import Lowering
 
 def lowerings() -> tuple[Lowering, ...]:
     """Every lowering, in the order in which equally fast candidates are preferred."""
+    from .registered import RegisteredKernels
     from .triton_codegen import TritonCodegen
     from .vendor.sdpa import VendorSdpa
 
-    return (VendorSdpa(), TritonCodegen())
+    return (VendorSdpa(), RegisteredKernels(), TritonCodegen())

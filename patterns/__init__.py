@@ -1,11 +1,19 @@
-"""Fusion patterns, one fusion per file: what it matches, its constraints, its examples."""
+"""Fusion patterns, one fusion per file: what it matches, its constraints, its examples.
+
+The package can be called: `fusion_compiler.patterns()` lists every pattern in use, the user's own too.
+"""
 
 from __future__ import annotations
 
+import sys
+
 from fusion_compiler.pattern import AnyPattern
+from fusion_compiler.registry import PatternPackage
 
 from .attention import attention
 from .gated_mlp import gated_mlp
 from .norm_linear import norm_linear
 
 BUILTIN: tuple[AnyPattern, ...] = (gated_mlp, norm_linear, attention)
+
+sys.modules[__name__].__class__ = PatternPackage

@@ -15,15 +15,15 @@ from torch import Tensor
 from fusion_compiler.fused import FusedOp, MatmulFamily, Site
 from fusion_compiler.pattern import Example, choice, pattern
 
-Norm = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+Norm = Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
 
 
-def rms(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps=1e-5)
+def rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def layer(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
+def layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def norm_folds(op: FusedOp, site: Site) -> str | None:
@@ -52,6 +52,10 @@ def norm_linear(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     bias: Tensor | None = None,
+    eps: float = 1e-5,
+    offset: float = 0.0,
     norm: Norm = choice(rms, layer),  # noqa: B008
 ) -> Tensor:
-    return F.linear(norm(x, norm_weight, norm_bias), w, bias)
+    """`offset` is 1 where the norm's weight is stored as its distance from 1, as Gemma does."""
+    scale = None if norm_weight is None else norm_weight + offset
+    return F.linear(norm(x, scale, norm_bias, eps), w, bias)

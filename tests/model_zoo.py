@@ -31,7 +31,7 @@ MODELS: dict[str, Zoo] = {
     "qwen2": Zoo("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
     "qwen3": Zoo("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
     "mistral": Zoo("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": 8}),
-    "mixtral": Zoo("MixtralConfig", "MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
+    "mixtral": Zoo("MixtralConfig", "MixtralForCausalLM", {**GROUPED, "num_local_experts": 4, "experts_implementation": "batched_mm"}),
     "gemma": Zoo("GemmaConfig", "GemmaForCausalLM", {**GROUPED, "head_dim": 16}),
     "gemma2": Zoo("Gemma2Config", "Gemma2ForCausalLM", {**GROUPED, "head_dim": 16, "sliding_window": 8}),
     "phi3": Zoo("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
@@ -58,6 +58,33 @@ MODELS: dict[str, Zoo] = {
         "mel", False,
     ),
 }  # fmt: skip
+
+
+# Bloom's eager attention cannot read a cache longer than what it holds.
+DECODERS = tuple(name for name, zoo in MODELS.items() if zoo.caches and name != "bloom")
+
+# Sites present in two layers: attentions, gated MLPs, linears behind a norm.
+_PRESENT = {
+    "phi3": (2, 2, 5), "gpt2": (2, 0, 5), "gpt_neox": (2, 0, 5), "falcon": (2, 0, 5), "bloom": (2, 0, 5),
+    "opt": (2, 0, 9), "bert": (2, 0, 8), "t5": (6, 0, 23), "vit": (2, 0, 8), "whisper": (6, 0, 22), "mixtral": (2, 2, 9),
+}  # fmt: skip
+
+
+def present(name: str, call: str = "prompt") -> tuple[int, int, int]:
+    """How many attentions, gated MLPs and linears behind a norm a call of a model holds."""
+    attentions, gated, linears = _PRESENT.get(name, (2, 2, 11))
+    # OPT reads its position back to the host when it decodes: the last norm and the head are then two graphs
+    return attentions, gated, linears - (name == "opt" and call == "decode")
+
+
+def static_cache(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+    """A static cache with room for more than `inputs`, filled with them by the uncompiled model."""
+    import transformers
+
+    cache = transformers.StaticCache(config=model.config, max_cache_len=24)
+    with torch.no_grad():
+        model(**{**inputs, "use_cache": True}, past_key_values=cache)
+    return cache
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Callable[[], dict[str, Any]]]:

@@ -45,7 +45,7 @@ def emit_sum(builder: splice.Builder, site: Site) -> torch.fx.Node:
 
 
 def fuse_everything(emit: Callable[..., Any]) -> Callable[..., list[backend.Judged]]:
-    def judge_all(gm: GraphModule, matches: list[Match], target: Any) -> list[backend.Judged]:
+    def judge_all(gm: GraphModule, matches: list[Match], *_: Any) -> list[backend.Judged]:
         candidate = Candidate("sum", "aten", Traffic(1, 1, 1, 1), 0.5, emit)
         decision = Decision("doubled_tanh", "fused", "it pays", "here", WORK, FASTER, kernel="aten")
         return [backend.Judged(decision, m.site, candidate) for m in matches]
@@ -273,7 +273,7 @@ def test_verification_refuses_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_losing_fusion_names_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
-    def judge_all(gm: GraphModule, matches: list[Match], target: Any) -> list[backend.Judged]:
+    def judge_all(gm: GraphModule, matches: list[Match], *_: Any) -> list[backend.Judged]:
         (match,) = matches
         candidate = Candidate("sum", "aten", Traffic(1, 1, 1, 1), 0.5, emit_sum)
         big = Decision("doubled_tanh", "fused", "it pays", "here", WORK, FASTER)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
+from fusion_compiler import backend
 from fusion_compiler.match import find_all
 from fusion_compiler.pattern import Example, pattern, trace
 from fusion_compiler.patterns import BUILTIN
@@ -158,3 +161,65 @@ def test_a_packed_gate_and_up_is_read_in_place(split):
     assert sorted(match.op.features) == [0, 12] and int(match.op.n) == 12
     gate = next(v for v in match.op.epilogue.walk() if v.op == "silu").args[0].attr("index")
     assert match.op.features[gate] == 0
+
+
+# ---- the patterns as a whole ----------------------------------------------------------------------
+# (a, b): b finds what a does, and more, which is why both exist.
+MORE_GENERAL: dict[tuple[str, str], str] = {}
+
+
+@pytest.mark.parametrize("pattern", BUILTIN, ids=lambda p: p.name)
+def test_no_pattern_is_subsumed_by_another(pattern):
+    """What one pattern's examples show is not found as the same fused op by another one."""
+    for example in pattern.examples:
+        if example.refused is not None:
+            continue
+        inputs = example.inputs()
+        view = SemanticView(trace(example.function or _plain(pattern, inputs), inputs))
+        mine = {(m.site.output, m.op) for m in find_all(view, [pattern])[0]}
+        for other in BUILTIN:
+            if other is not pattern and (pattern.name, other.name) not in MORE_GENERAL:
+                theirs = {(m.site.output, m.op) for m in find_all(view, [other])[0]}
+                assert not mine & theirs, f"{other.name} also finds an example of {pattern.name}"
+
+
+def _layers(count):
+    def stack(x, w_norm, q, o, gate, up, down):
+        for _ in range(count):
+            h = torch.nn.functional.rms_norm(x, (64,), w_norm, 1e-5)
+            heads = (h @ q.T).view(1, -1, 4, 16).transpose(1, 2)
+            scores = torch.softmax(heads @ heads.transpose(-1, -2) * 0.25, dim=-1)
+            x = x + (scores @ heads).transpose(1, 2).reshape(1, -1, 64) @ o.T
+            h = torch.nn.functional.rms_norm(x, (64,), w_norm, 1e-5)
+            x = x + (torch.nn.functional.silu(h @ gate.T) * (h @ up.T)) @ down.T
+        return x
+
+    shapes = (1, 6, 64), (64,), (64, 64), (64, 64), (96, 64), (96, 64), (64, 96)
+    return trace(stack, [torch.randn(s) for s in shapes])
+
+
+def test_matching_takes_time_in_proportion_to_the_graph():
+    seconds = {}
+    for count in (4, 16):
+        view = SemanticView(_layers(count))
+        assert len(find_all(view, BUILTIN)[0]) >= 3 * count  # also loads what is loaded once
+        runs = []
+        for _ in range(3):
+            begin = time.process_time()
+            view = SemanticView(view.graph_module)
+            find_all(view, BUILTIN)
+            runs.append(time.process_time() - begin)
+        seconds[count] = min(runs)
+    assert seconds[16] < 2 * 4 * seconds[4], seconds
+
+
+def test_a_second_run_finds_nothing_new():
+    options = backend.parse_options({"strict": True, "machine": "h200"})
+    graph_module = _layers(2)
+    first = backend.plan(graph_module, options, "first")
+    backend.splice_all(graph_module, first.chosen, options)
+    assert "gated_mlp" in {j.decision.pattern for j in first.chosen}
+    again = backend.plan(graph_module, options, "second").report
+    assert [d.pattern for d in again.decisions if d.verdict == "fused"] == []
+    known = {d.where for d in first.report.decisions}
+    assert {d.where for d in again.decisions} <= known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import arithmetic, products, slices, views
+from . import arithmetic, conditions, products, slices, views
 from .registry import RULES
 
-__all__ = ["RULES", "arithmetic", "products", "slices", "views"]
+__all__ = ["RULES", "arithmetic", "conditions", "products", "slices", "views"]

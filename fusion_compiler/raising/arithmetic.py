@@ -64,6 +64,16 @@ def _div(view: SemanticView, node: Node) -> Value | None:
     return normalise_product(view.algebra, [*view.flat("mul", left, node.args[0]), inverse])
 
 
+@rule(aten.addcmul.default, aten.addcdiv.default)
+def _addc(view: SemanticView, node: Node) -> Value | None:
+    a, b, c = (view.operand(argument, node) for argument in node.args[:3])
+    factor = node.kwargs.get("value", 1)
+    if not _is_float(node) or a is None or b is None or c is None or not isinstance(factor, (int, float)):
+        return None
+    c = view.algebra.pow(c, -1.0) if node.target is aten.addcdiv.default else c
+    return normalise_sum(view.algebra, [a, normalise_product(view.algebra, [view.algebra.const(factor), b, c])])
+
+
 @rule(aten.neg.default)
 def _neg(view: SemanticView, node: Node) -> Value | None:
     value = view.value(node.all_input_nodes[0])
@@ -104,7 +114,9 @@ def _unary(name: str) -> Rule:
     return rule
 
 
-for _name in ("exp", "exp2", "log", "log2", "sin", "cos", "tanh", "erf", "abs", "sigmoid", "silu", "relu"):
+for _name in (
+    "exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "erf", "abs", "sigmoid", "silu", "relu",
+):  # fmt: skip
     rule(getattr(aten, _name).default)(_unary(_name))
 
 
@@ -122,10 +134,12 @@ def _extremum(view: SemanticView, node: Node) -> Value | None:
     return view.algebra.binary("maximum" if node.target is aten.maximum.default else "minimum", left, right)
 
 
-@rule(aten.clamp_min.default, aten.clamp.default)
+@rule(aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
 def _clamp(view: SemanticView, node: Node) -> Value | None:
     low: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
     high: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    if node.target is aten.clamp_max.default:
+        low, high = None, low
     value = view.value(node.all_input_nodes[0])
     if not _is_float(node) or not all(b is None or isinstance(b, (int, float)) for b in (low, high)):
         return None

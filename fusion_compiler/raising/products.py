@@ -1,4 +1,4 @@
-"""Matrix products with a weight."""
+"""Matrix products with a weight, which bmm may repeat for every batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..algebra import Value
-from ..shapes import TRANSPARENT_DTYPES, Product, shape_of
+from ..shapes import TRANSPARENT_DTYPES, Product, count, shape_of
 from .registry import rule
 
 if TYPE_CHECKING:
@@ -24,7 +24,26 @@ def _mm(view: SemanticView, node: Node) -> Value | None:
 
 @rule(aten.bmm.default)
 def _bmm(view: SemanticView, node: Node) -> Value | None:
-    return _linear(view, node, node.args[0], node.args[1]) if shape_of(node)[0] == 1 else None
+    x, w = node.args
+    return _linear(view, node, x, w) if _has_one_weight(view, node, w) else None
+
+
+@rule(aten.baddbmm.default)
+def _baddbmm(view: SemanticView, node: Node) -> Value | None:
+    return _addmm(view, node) if _has_one_weight(view, node, node.args[2]) else None
+
+
+def _has_one_weight(view: SemanticView, bmm: Node, w: Any) -> bool:
+    """Whether every batch of `bmm` is multiplied with the same matrix."""
+    batch, k, n = shape_of(w)
+    value = view.value(w)
+    return batch == 1 or (value.op == "bcast" and value.attr("groups") == ((batch, False), (count((k, n)), True)))
+
+
+def weight_value(view: SemanticView, w: Node) -> Value:
+    """The one matrix that a product multiplies with."""
+    value = view.value(w)
+    return value.args[0] if value.op == "bcast" and len(shape_of(w)) == 3 else value
 
 
 @rule(aten.addmm.default)
@@ -44,7 +63,7 @@ def _addmm(view: SemanticView, node: Node) -> Value | None:
 def _linear(view: SemanticView, node: Node, x: Any, w: Any) -> Value | None:
     if w.meta["val"].dtype not in TRANSPARENT_DTYPES or x.meta["val"].dtype != w.meta["val"].dtype:
         return None
-    weight, kn = view.value(w), True
+    weight, kn = weight_value(view, w), True
     if weight.op == "permute" and weight.attr("order") == (1, 0):
         weight, kn = weight.args[0], False
     value = view.algebra.make("linear", view.value(x), weight, kn=kn)

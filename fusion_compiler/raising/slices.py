@@ -1,4 +1,4 @@
-"""Parts of tensors: slices and splits. Part of a linear is a linear with part of its weight."""
+"""Parts of tensors: slices, splits and gates. Part of a linear is a linear with part of its weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..algebra import Value
-from ..shapes import Product, extent, shape_of
+from ..shapes import TRANSPARENT_DTYPES, Product, count, extent, shape_of
 from .arithmetic import innermost
 from .registry import arguments, rule
 
@@ -33,27 +33,61 @@ def _slice(view: SemanticView, node: Node) -> Value | None:
     return _part(view, source, dim % len(shape), start, end)
 
 
+@rule(aten.select.int)
+def _select(view: SemanticView, node: Node) -> Value | None:
+    source, dim, index = arguments(node)
+    shape = shape_of(source)
+    if not isinstance(index, int) or not isinstance(shape[dim], int):
+        return None
+    index %= shape[dim]
+    return _part(view, source, dim % len(shape), index, index + 1)
+
+
+@rule(aten.glu.default)
+def _glu(view: SemanticView, node: Node) -> Value | None:
+    """a · sigmoid(b) of the halves of an axis."""
+    source, dim = arguments(node, (None, -1))
+    shape = shape_of(source)
+    size = shape[dim]
+    if not isinstance(size, int) or node.meta["val"].dtype not in TRANSPARENT_DTYPES:
+        return None
+    a, b = (_part(view, source, dim % len(shape), at, at + size // 2) for at in (0, size // 2))
+    return view.algebra.mul(a, view.algebra.unary("sigmoid", b))
+
+
 def _part(view: SemanticView, source: Node, dim: int, start: int, end: int) -> Value:
     """Elements start … end−1 of one axis. Part of a linear's outputs is a linear with part of its weight."""
     shape = shape_of(source)
     value = view.value(source)
-    if dim == len(shape) - 1:
-        linear, bias = (value, None) if value.op == "linear" else _linear_and_bias(value)
-        if linear is not None:
+    if (start, end) == (0, shape[dim]):
+        return value
+    linear, bias = _linear_and_bias(value)
+    if bias is not None and bias.op != "bcast" and any(size != 1 for size in shape[:-1]):
+        linear = None  # a residual of many rows
+    if linear is not None:
+        first, last = view.products(linear)[0].features
+        inner = count(shape[dim + 1 :])
+        if isinstance(inner, int) and inner * shape[dim] == last - first:  # the axis runs over all of its features
+            start, end = start * inner, end * inner
             part = _output_features(view, linear, start, end)
             if bias is None:
                 return part
-            groups = tuple((end - start if kept else size, kept) for size, kept in bias.attr("groups"))
-            held = view.algebra.make("slice", bias.args[0], dim=0, shape=(shape[-1],), start=start, end=end)
-            return view.algebra.add(part, view.algebra.bcast(held, groups))
+            rows = bias.attr("groups", ())[:-1]  # none in a single row
+            source_bias = bias.args[0] if rows else bias
+            held = view.algebra.make("slice", source_bias, dim=0, shape=(last - first,), start=start, end=end)
+            return view.algebra.add(part, view.algebra.bcast(held, (*rows, (end - start, True))))
     return view.algebra.make("slice", value, dim=dim, shape=shape, start=start, end=end)
 
 
 def _linear_and_bias(value: Value) -> tuple[Value | None, Value | None]:
-    """(linear, bias) of `linear + bias` with the bias repeated along the rows, else (None, None)."""
+    """(linear, bias) of a linear or of `linear + bias` with the bias repeated along the rows, else (None, None)."""
+    if value.op == "linear":
+        return value, None
     if value.op == "add" and len(value.args) == 2:
         for linear, bias in (value.args, value.args[::-1]):
-            if linear.op == "linear" and bias.op == "bcast" and [k for _, k in bias.attr("groups")] == [False, True]:
+            if linear.op == "linear" and (
+                bias.op == "leaf" or (bias.op == "bcast" and [k for _, k in bias.attr("groups")] == [False, True])
+            ):
                 return linear, bias
     return None, None
 
@@ -77,6 +111,9 @@ def _output_features(view: SemanticView, linear: Value, start: int, end: int) ->
 @rule(operator.getitem)
 def _getitem(view: SemanticView, node: Node) -> Value | None:
     source, index = arguments(node)
+    if source.target is aten.unbind.int:
+        whole, dim = arguments(source, (None, 0))
+        return _part(view, whole, dim % len(shape_of(whole)), index, index + 1)
     if source.target in (aten.split_with_sizes.default, aten.split.Tensor):
         return _split_part(view, source, index)
     if source.target is aten.var_mean.correction:

@@ -23,3 +23,8 @@ def mode_of(gm: GraphModule) -> FakeTensorMode:
     if mode is None:
         raise ValueError("the graph holds no fake tensors: trace it with fake inputs before splicing into it")
     return mode
+
+
+def new_mode() -> FakeTensorMode:
+    """A fake mode of its own."""
+    return FakeTensorMode()

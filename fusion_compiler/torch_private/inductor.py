@@ -16,6 +16,7 @@ import torch._functorch.config
 from torch.fx import GraphModule
 
 from .. import decompositions
+from .float_inputs import specialize_module_floats
 
 InnerCompile = Callable[..., Any]
 
@@ -26,6 +27,7 @@ def compile_graph(
     """Compiles a Dynamo graph as Inductor does, with `inner_compile` as the step that compiles ATen graphs."""
     from torch._inductor.compile_fx import compile_fx
 
+    specialize_module_floats(gm)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         # compile_fx puts the patches around inner_compile too, so they hold when the backward is compiled
         return compile_fx(

@@ -42,7 +42,8 @@ def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavaila
     if not found:
         most = amount(op.m) if isinstance(amount(op.m), int) else MOST_ROWS
         return Unavailable(f"no plan for {most} rows of {op.dtype} fits {machine.name} ({machine.arch})")
-    return sorted(found, key=lambda c: float(sympy.sympify(c.seconds).subs(m, 2)))
+    few = dict.fromkeys(sympy.sympify(m).free_symbols, 2)
+    return sorted(found, key=lambda c: float(sympy.sympify(c.seconds).subs(few)))
 
 
 def plausible_plans(op: MatmulFamily, machine: Machine, rows: int, within: float = 1.15) -> list[Plan]:

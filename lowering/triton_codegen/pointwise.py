@@ -24,6 +24,10 @@ _FORMULA = {
     # 1 + tanh(u) = 2·sigmoid(2u), which needs no tanh and loses nothing near zero
     "gelu_tanh": "{a} * tl.sigmoid(1.5957691216057308 * ({a} + 0.044715 * {a} * {a} * {a}))",
     "tanh": "2.0 * tl.sigmoid(2.0 * {a}) - 1.0",
+    # Kahan: the rounding of 1 + a cancels in the quotient
+    "log1p": "tl.where(1.0 + {a} == 1.0, {a}, tl.log(1.0 + {a}) * ({a} / ((1.0 + {a}) - 1.0)))",
+    "expm1": "tl.where(tl.abs({a}) > 0.5, tl.exp({a}) - 1.0, tl.where(tl.exp({a}) == 1.0, {a}, "
+    "(tl.exp({a}) - 1.0) * ({a} / tl.log(tl.exp({a})))))",
     "relu": "tl.where({a} < 0.0, 0.0, {a})",
     "sign": "tl.where({a} > 0.0, 1.0, tl.where({a} < 0.0, -1.0, {a}))",
     "trunc": "tl.where({a} < 0.0, tl.ceil({a}), tl.floor({a}))",

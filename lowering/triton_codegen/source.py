@@ -180,7 +180,8 @@ class _Writer:
         mask = _mask([] if self.known.even_n else ["n_in"])
         for j, extra in enumerate(self.op.extras):
             if extra.kind == "col":
-                self.emit(f"e{j} = tl.load(extra{j} + n{mask}).to(tl.float32){self.axis}")
+                first = f"{extra.first} + " if extra.first else ""
+                self.emit(f"e{j} = tl.load(extra{j} + {first}n{mask}).to(tl.float32){self.axis}")
             elif extra.kind == "scalar":
                 self.emit(f"e{j} = tl.load(extra{j}).to(tl.float32)")
 
