@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fusion_compiler.fused import Attention, Layout, Mask
+from fusion_compiler.lowering.triton_codegen import decode_predict
 from fusion_compiler.lowering.triton_codegen.decode_aot import compile_source
 from fusion_compiler.lowering.triton_codegen.decode_source import (
     DecodePlan,
@@ -97,6 +98,11 @@ CASES = (
     Case("B4 D128 cache 2048", 4, 32, 8, 128, 2048, 2048),
     Case("B1 32 heads D128 cache 4096", 1, 32, 32, 128, 4096, 4096),
     Case("B1 4 queries D128 cache 8192", 1, 32, 8, 128, 8192, 8192, queries=4),
+    Case("B1 16 queries D128 cache 8192", 1, 32, 8, 128, 8192, 8192, queries=16),
+    Case("B1 71/1 heads D64 cache 4096", 1, 71, 1, 64, 4096, 4096),
+    Case("B1 D80 cache 4096 fp16", 1, 32, 32, 80, 4096, 4096, dtype=torch.float16),
+    Case("B1 D256 cache 8192", 1, 16, 8, 256, 8192, 8192),
+    Case("B1 D128 cache 4096 fp32", 1, 32, 8, 128, 4096, 4096, dtype=torch.float32),
 )
 
 
@@ -108,7 +114,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 def sweep(case: Case) -> Iterator[DecodePlan]:
     """Plans around what may be good, whatever the cost model thinks of them."""
     pairs = case.batch * case.kv_heads
-    rows = max(8, 1 << (query_rows(case.op()) - 1).bit_length())
+    rows = min(64, max(8, 1 << (query_rows(case.op()) - 1).bit_length()))
     blocks = (64, 128) if case.width == 64 or case.length > 8192 else (32, 64, 128)
     for per_sm, block, warps, stages in itertools.product((0.5, 1, 2, 4), blocks, (2, 4, 8), (2, 3, 4)):
         splits = max(1, round(per_sm * MACHINE.num_sms / pairs))
@@ -119,6 +125,13 @@ def sweep(case: Case) -> Iterator[DecodePlan]:
         if stages * block * case.width * case.dtype.itemsize * 2 > 200e3 / (2 if per_sm == 4 else 1):
             continue
         yield DecodePlan(rows, block, splits, warps, stages)
+
+
+def chosen(case: Case) -> DecodePlan:
+    """What the cost model takes."""
+    plan = decode_predict.best_plan(case.op(), MACHINE)
+    assert plan is not None, case.name
+    return plan
 
 
 # ---- building -------------------------------------------------------------------------------------
@@ -217,10 +230,10 @@ def microseconds(call: Callable[..., object], inputs: Inputs, replays: int = 10)
     return statistics.median(times[2:])
 
 
-def cudnn(inputs: Inputs) -> Callable[..., object]:
+def cudnn(inputs: Inputs, mask: Tensor | None) -> Callable[..., object]:
     operator = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     scale = inputs.case.width**-0.5
-    return lambda k, v: operator(inputs.q, k, v, inputs.mask, False, 0.0, False, scale=scale)
+    return lambda k, v: operator(inputs.q, k, v, mask, False, 0.0, False, scale=scale)
 
 
 def measure(case: Case, plans: list[DecodePlan]) -> dict[str, Any]:
@@ -228,11 +241,12 @@ def measure(case: Case, plans: list[DecodePlan]) -> dict[str, Any]:
     reference = inputs.formula(torch.float64)
     eager_error = harness.relative_error(inputs.formula(case.dtype), reference)
     result: dict[str, Any] = {"case": dataclasses.asdict(case) | {"dtype": str(case.dtype)}, "floor": case.floor()}
-    try:
-        result["cudnn"] = microseconds(cudnn(inputs), inputs)
-    except RuntimeError as error:
-        result["cudnn"] = math.nan
-        print("  cudnn:", str(error)[:200])
+    for name, mask in (("cudnn", inputs.mask), ("cudnn_unmasked", None)):
+        try:
+            result[name] = microseconds(cudnn(inputs, mask), inputs)
+        except RuntimeError as error:
+            result[name] = math.nan
+            print(f"  {name}:", str(error)[:100])
     result["variants"] = []
     for plan in plans:
         try:
@@ -245,15 +259,20 @@ def measure(case: Case, plans: list[DecodePlan]) -> dict[str, Any]:
         except Exception as problem:  # a plan that cannot run is a result of the sweep
             print(f"  {plan.label}: {type(problem).__name__}: {problem}"[:200])
             continue
-        result["variants"].append({"plan": dataclasses.asdict(plan), "label": plan.label, "error": error, **times})
+        predicted = decode_predict.seconds(case.op(), plan, MACHINE, case.filled) * 1e6
+        found = {"plan": dataclasses.asdict(plan), "label": plan.label, "error": error, "predicted": predicted}
+        result["variants"].append(found | times)
     return result
 
 
 def _row(result: dict[str, Any], shown: int) -> str:
     ranked = sorted(result["variants"], key=lambda v: v["us"])
     wrong = [v["label"] for v in ranked if not v["error"] <= 1.5]
-    head = f"{result['case']['name']:30s} floor {result['floor']:6.2f} cudnn {result['cudnn']:6.2f}"
-    best = " | ".join(f"{v['label']} {v['us']:.2f} ({v.get('split_us', v['us']):.2f})" for v in ranked[:shown])
+    head = f"{result['case']['name']:30s} floor {result['floor']:6.2f} cudnn {result['cudnn']:6.2f} unmasked {result['cudnn_unmasked']:6.2f}"
+    best = " | ".join(
+        f"{v['label']} {v['us']:.2f} ({v.get('split_us', v['us']):.2f}) predicted {v['predicted']:.2f}"
+        for v in ranked[:shown]
+    )
     return f"{head} | {best} | {len(wrong)} wrong of {len(ranked)} {wrong[:3]}"
 
 
@@ -265,7 +284,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
     cases = [c for c in CASES if not args.only or args.only in c.name]
-    plans = {c: list(sweep(c)) for c in cases}
+    plans = {c: list(sweep(c)) if args.sweep else [chosen(c)] for c in cases}
     jobs = [(c, p) for c in cases for p in plans[c]]
     began = time.perf_counter()
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -280,7 +299,7 @@ def main() -> None:
     for case in cases:
         results.append(measure(case, [p for p in plans[case] if (case, p) not in complaints]))
         args.json.write_text(json.dumps({**harness.provenance(torch.device("cuda")), "results": results}))
-        print(_row(results[-1], 6), flush=True)
+        print(_row(results[-1], 4), flush=True)
         torch.cuda.empty_cache()
     print(f"measured in {time.perf_counter() - began:.0f} s; times in µs, in brackets without the second kernel")
 

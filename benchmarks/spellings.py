@@ -3,7 +3,7 @@
 python -m benchmarks.spellings                       every spelling × dtype × static and dynamic sizes
 python -m benchmarks.spellings --only RMSNorm        spellings whose name contains a word
 python -m benchmarks.spellings --models              sites found in transformers models, prompt and static-cache decode
-python -m benchmarks.spellings --time 32             seconds of each stage for a Llama of so many layers, beside Inductor
+python -m benchmarks.spellings --time 32             seconds of each stage for a Llama of 32 layers, and of Inductor
 
 Nothing here runs a kernel or needs a device: graphs are captured with `explain`, for the machine given.
 """
@@ -79,7 +79,10 @@ def models(machine: str, only: str) -> Table:
             model, make_inputs = model_zoo.build(name)
             inputs = make_inputs()
             if kind == "decode":
-                inputs = {"past_key_values": model_zoo.static_cache(model, inputs), "input_ids": torch.ones(2, 1).long()}
+                inputs = {
+                    "past_key_values": model_zoo.static_cache(model, inputs),
+                    "input_ids": torch.ones(2, 1).long(),
+                }
             with torch.no_grad():
                 report = fc.explain(model, machine=machine, **inputs)
             found = Counter(d.pattern for d in report.decisions)
@@ -105,7 +108,9 @@ def stages(layers: int, machine: str) -> Table:
         return inductor.run_eagerly(gm)
 
     with torch.no_grad():
-        torch.compile(model, backend=lambda gm, inputs: inductor.compile_graph(gm, inputs, keep, {}))(ids, use_cache=False)
+        torch.compile(model, backend=lambda gm, inputs: inductor.compile_graph(gm, inputs, keep, {}))(
+            ids, use_cache=False
+        )
     [gm] = captured
     target, seconds = fc.machine.machine(machine), {}
 
@@ -115,7 +120,7 @@ def stages(layers: int, machine: str) -> Table:
         seconds[name] = time.perf_counter() - start
         return result
 
-    patterns = backend.builtin_patterns()
+    patterns = backend.active_patterns(backend.parse_options({}))
     for pattern in patterns:
         getattr(pattern, "variants", None)  # traced once per process
     view = timed("raise", lambda: SemanticView(gm))

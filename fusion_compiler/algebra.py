@@ -80,12 +80,8 @@ class Algebra:
 
     # ---- sums and products ------------------------------------------------------------------
     def add(self, *terms: Value) -> Value:
-        """Sum; numeric constants are gathered into at most one, and `1 + tanh(x)` is 2·sigmoid(2x)."""
-        total = self._nary("add", terms, 0.0, operator.add)
-        if total.op == "add" and len(total.args) == 2 and total.args[1].op == "tanh" and _is_one(total.args[0]):
-            two = self.const(2.0)
-            return self.mul(two, self.unary("sigmoid", self.mul(two, total.args[1].args[0])))
-        return total
+        """Sum; numeric constants are gathered into at most one."""
+        return self._nary("add", terms, 0.0, operator.add)
 
     def mul(self, *factors: Value) -> Value:
         """Product; `x·x` is pow(x, 2), `x·sigmoid(x)` silu(x), `½·x·(1+erf(x/√2))` and its tanh form gelu."""
@@ -188,6 +184,12 @@ class Algebra:
     def _activation(self, product: Value) -> Value:
         if product.op != "mul":
             return product
+        for step in product.args:
+            if step.op == "add" and len(step.args) == 2 and _is_one(step.args[0]) and step.args[1].op == "tanh":
+                # 1 + tanh(x) as a factor is 2·sigmoid(2x)
+                two = self.const(2.0)
+                gate = self.unary("sigmoid", self.mul(two, step.args[1].args[0]))
+                return self.mul(*self._without(list(product.args), step), two, gate)
         factors = list(product.args)
         for gate in [f for f in factors if f.op == "sigmoid"]:
             rest = self._without(factors, gate)
@@ -200,11 +202,11 @@ class Algebra:
                 if others is not None:
                     return self._nary("mul", (*others, self.make(name, x)), 1.0, operator.mul)
         for gate in [f for f in factors if f.op == "add"]:
-            x = self._gelu(gate)
-            others = None if x is None else self._take(self._without(factors, gate), x)
-            if x is not None and others is not None:
+            argument = self._gelu(gate)
+            others = None if argument is None else self._take(self._without(factors, gate), argument)
+            if argument is not None and others is not None:
                 coefficient = self.const(2.0)  # ½ is the formula's own; whatever is left stays a factor
-                return self._nary("mul", (*others, coefficient, self.make("gelu_erf", x)), 1.0, operator.mul)
+                return self._nary("mul", (*others, coefficient, self.make("gelu_erf", argument)), 1.0, operator.mul)
         return product
 
     @staticmethod
@@ -227,7 +229,7 @@ class Algebra:
         return left if constant == 1.0 else [*left, self.const(constant)]
 
     def _gated_by(self, gate: Value) -> Iterator[tuple[str, Value]]:
-        """(name, x) of the activations x·`gate`, a sigmoid: silu(x), or tanh gelu where it is of 2√(2/π)(x + 0.044715x³)."""
+        """(name, x) of the activations x·`gate`, a sigmoid: silu, or tanh gelu of a cubic."""
         yield "silu", gate.args[0]
         if gate.args[0].op in ("add", "mul"):
             for x in gate.args[0].walk():

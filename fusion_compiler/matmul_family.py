@@ -65,6 +65,12 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
         layouts.add(operand[1])
     if len(layouts) > 1:
         return "one weight is stored [out, in] and the other [in, out]; store both the same way"
+    steps = {extent(w.meta["val"].stride()[-2]) for w in weights if shape_of(w)[-2] != 1}
+    if len(steps) > 1:
+        apart = " and ".join(map(str, sorted(steps, key=str)))
+        return (
+            f"rows of its weights lie {apart} elements apart, and a kernel takes one step; make them contiguous"
+        )
 
     extras: list[tuple[Extra, Node]] = []
     epilogue = _epilogue(view, root, linears, extras, {}, (extent(m), n))
@@ -122,7 +128,9 @@ def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] |
     along_k, along_n = (extent(s) for s in w.meta["val"].stride()[-2:])
     stored = weight_value(view, w)
     if along_k == 1 and along_n != 1:
-        held, wanted, kn = view.nodes(stored.args[0]) if stored.op == "permute" else (), (n, k), False
+        # a single row or column is not permuted but reshaped, which leaves the value as it is
+        source = stored.args[0] if stored.op == "permute" else stored if 1 in (n, k) else None
+        held, wanted, kn = view.nodes(source) if source is not None else (), (n, k), False
     elif along_n == 1:
         held, wanted, kn = view.nodes(stored), (k, n), True
     else:

@@ -82,7 +82,10 @@ def _norm(algebra: Algebra, factors: list[Value]) -> list[Value] | None:
         rest = [f for f in factors if f is not scale]
         if statistic.op == "sum" and math.isclose(_constant(rest) ** 2, statistic.attr("size"), rel_tol=1e-6):
             # √n·(Σ + c)^−½ is (Σ/n + c/n)^−½
-            eps, statistic = eps / statistic.attr("size"), algebra.make("mean", *statistic.args, **dict(statistic.attrs))
+            eps, statistic = (
+                eps / statistic.attr("size"),
+                algebra.make("mean", *statistic.args, **dict(statistic.attrs)),
+            )
             rest = [f for f in rest if f.op != "const"]
         if not _repeats_along_rows(scale, statistic.attr("size")):
             continue

@@ -81,6 +81,14 @@ class Pattern:
     constraints: tuple[Constraint, ...] = ()
     examples: tuple[Example, ...] = field(default=(), compare=False)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns; a choice left out is its first alternative, a literal its default."""
+        known = self.parameters
+        defaults = {name: c.alternatives[0] for name, c in known.choices.items()}
+        defaults |= {name: n.default for name, n in known.literals.items()}
+        given = inspect.signature(self.function).bind(*args, **kwargs).arguments
+        return self.function(**{**defaults, **given})
+
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """Every combination of optional parameters and choices, raised."""

@@ -18,7 +18,7 @@ Groups = tuple[tuple[Any, bool], ...]
 
 
 def extent(size: Any) -> Any:
-    """A size as something hashable that compares without installing guards: an int, or a sympy expression in one form."""
+    """A size as something hashable that compares without installing guards: an int or an expanded sympy expression."""
     return _normal(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
 
 
@@ -63,8 +63,8 @@ def broadcast_groups(shape: Sequence[Any], out: Sequence[Any]) -> Groups | None:
 
 @dataclass(frozen=True)
 class Product:
-    """A node (mm, addmm, or bmm with one weight for all batches) that multiplies `x` [..., K] with `weight` [..., K, N];
-    a linear made of part of its outputs has fewer `features` (first, end) than the weight has columns."""
+    """A node (mm, addmm, or bmm with one weight for all batches) that multiplies `x` [..., K] with `weight`
+    [..., K, N]; a linear made of part of its outputs has fewer `features` (first, end) than the weight has columns."""
 
     node: Node
     x: Node

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ def medians(runs: Mapping[str, Run]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in samples.items()}
 
 
+@dataclass(frozen=True)
+class Recording:
+    """A CUDA graph to be run by calling it, with what it reads: that must live as long as the graph."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Sequence[Sequence[Any]]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def recorded(function: Callable[..., Any], input_sets: Sequence[Sequence[Any]]) -> Run:
     """A CUDA graph that calls `function` with every set of inputs."""
     side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -46,5 +58,4 @@ def recorded(function: Callable[..., Any], input_sets: Sequence[Sequence[Any]]) 
     with torch.cuda.graph(graph, stream=side):
         for inputs in input_sets:
             function(*inputs)
-    replay: Run = graph.replay
-    return replay
+    return Recording(graph, input_sets)

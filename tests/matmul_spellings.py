@@ -185,7 +185,7 @@ GATED: dict[str, Function] = {f"act: {name}": activated(act) for name, act in AC
         (h := F.linear(x, w.packed, w.b_packed)) is not None and F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
     ),
     "F.glu": lambda x, w: F.glu(F.linear(x, w.packed), dim=-1),
-    "parts of one weight": lambda x, w: F.silu(F.linear(x, w.packed[: len(w.gate)])) * F.linear(x, w.packed[len(w.gate) :]),
+    "parts of one weight": lambda x, w: F.silu(F.linear(x, w.packed.chunk(2)[0])) * F.linear(x, w.packed.chunk(2)[1]),
     "rows of every second": lambda x, w: F.silu(F.linear(x, w.packed[::2])) * F.linear(x, w.packed[1::2]),
     "casts between": lambda x, w: (
         (F.silu(F.linear(x, w.gate).float()) * F.linear(x, w.up).float()).to(x.dtype)
@@ -266,9 +266,10 @@ LAYER: dict[str, Function] = {
         (x - (m := x.mean(-1, keepdim=True))) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - m * m + 1e-5) * w.g + w.b
     ),
     "Σ/n": lambda x, w: (
-        (c := x - x.sum(-1, keepdim=True) / x.shape[-1]) * (c.square().sum(-1, keepdim=True) / x.shape[-1] + 1e-5) ** -0.5 * w.g + w.b
+        (c := x - x.sum(-1, keepdim=True) / (n := x.shape[-1])) * (c.square().sum(-1, True) / n + 1e-5) ** -0.5 * w.g
+        + w.b
     ),
-    "std² ": lambda x, w: (
+    "std²": lambda x, w: (
         (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.std(-1, keepdim=True, unbiased=False) ** 2 + 1e-5) * w.g + w.b
     ),
     "addcmul": lambda x, w: torch.addcmul(w.b, w.g, F.layer_norm(x, x.shape[-1:])),

@@ -31,7 +31,10 @@ MODELS: dict[str, Zoo] = {
     "qwen2": Zoo("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
     "qwen3": Zoo("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
     "mistral": Zoo("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": 8}),
-    "mixtral": Zoo("MixtralConfig", "MixtralForCausalLM", {**GROUPED, "num_local_experts": 4, "experts_implementation": "batched_mm"}),
+    "mixtral": Zoo(
+        "MixtralConfig", "MixtralForCausalLM",
+        {**GROUPED, "num_local_experts": 4, "experts_implementation": "batched_mm"},
+    ),
     "gemma": Zoo("GemmaConfig", "GemmaForCausalLM", {**GROUPED, "head_dim": 16}),
     "gemma2": Zoo("Gemma2Config", "Gemma2ForCausalLM", {**GROUPED, "head_dim": 16, "sliding_window": 8}),
     "phi3": Zoo("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
@@ -46,13 +49,14 @@ MODELS: dict[str, Zoo] = {
     "bert": Zoo("BertConfig", "BertModel", SMALL, caches=False),
     "t5": Zoo(
         "T5Config", "T5ForConditionalGeneration",
-        {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128}, "ids+decoder", False,
+        {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128},
+        "ids+decoder", False,
     ),
     "vit": Zoo("ViTConfig", "ViTModel", {**SMALL, "image_size": 32, "patch_size": 8}, "pixels", False),
     "whisper": Zoo(
         "WhisperConfig", "WhisperModel",
-        {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-         "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 128, "max_source_positions": 32,
+        {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 128, "max_source_positions": 32,
          "max_target_positions": 32, "num_mel_bins": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
          "decoder_start_token_id": 1},
         "mel", False,
@@ -66,7 +70,8 @@ DECODERS = tuple(name for name, zoo in MODELS.items() if zoo.caches and name != 
 # Sites present in two layers: attentions, gated MLPs, linears behind a norm.
 _PRESENT = {
     "phi3": (2, 2, 5), "gpt2": (2, 0, 5), "gpt_neox": (2, 0, 5), "falcon": (2, 0, 5), "bloom": (2, 0, 5),
-    "opt": (2, 0, 9), "bert": (2, 0, 8), "t5": (6, 0, 23), "vit": (2, 0, 8), "whisper": (6, 0, 22), "mixtral": (2, 2, 9),
+    "opt": (2, 0, 9), "bert": (2, 0, 8), "t5": (6, 0, 23), "vit": (2, 0, 8), "whisper": (6, 0, 22),
+    "mixtral": (2, 2, 9),
 }  # fmt: skip
 
 

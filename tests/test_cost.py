@@ -167,7 +167,7 @@ def test_a_mask_tensor_costs_every_score(b: int, h: int, hk: int, s: int, measur
     assert float(seconds) * 1e6 == pytest.approx(measured, rel=0.07)
 
 
-@pytest.mark.parametrize(("b", "lk", "measured"), [(1, 8192, 11.1), (16, 4096, 60.6)])
+@pytest.mark.parametrize(("b", "lk", "measured"), [(1, 8192, 14.8), (16, 4096, 64.5)])
 def test_decode_attention(b: int, lk: int, measured: float) -> None:
     seconds = attention_seconds(flash(b, 32, 8, 1, lk, 128, NO_MASK), H200, "cudnn")
     assert float(seconds) * 1e6 == pytest.approx(measured, rel=0.12)

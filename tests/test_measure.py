@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from small_graphs import attention, traced
+from small_graphs import attention
 from test_judge import H200, candidate, judged, mlp
 
 import fusion_compiler as fc
@@ -231,7 +231,7 @@ def test_the_device_at_hand_is_really_timed(monkeypatch: pytest.MonkeyPatch) -> 
     result, report = compiled(attention(), *args, strict=True)
     assert torch.equal(state, torch.get_rng_state())
     (decision,) = report.decisions
-    inductor, sdpa = decision.candidates
+    inductor, sdpa = (o for o in decision.candidates if o.name in ("inductor", "vendor.sdpa.cpu_flash"))
     assert ("measured", True) in inductor.details and ("measured", True) in sdpa.details
     assert inductor.work is not None and sdpa.work is not None
     assert 1e-6 < inductor.work.seconds < 1 and 1e-6 < sdpa.work.seconds < 1
@@ -263,10 +263,10 @@ def test_a_region_computes_what_it_did_in_the_graph(trace: Callable[..., torch.f
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
-def test_inputs_lie_in_memory_as_they_did(dtype: torch.dtype) -> None:
-    gm = traced(lambda x: x[1:, ::3].t() == 0, (5, 9), dtype=dtype)
-    sliced = next(n for n in gm.graph.nodes if n.target is aten.permute.default)
-    region, _ = cut([next(n for n in gm.graph.nodes if n.target is aten.eq.Scalar)])
+def test_inputs_lie_in_memory_as_they_did(dtype: torch.dtype, trace: Callable[..., torch.fx.GraphModule]) -> None:
+    gm = trace(lambda x: x[1:, ::3].t().clone(), torch.zeros(5, 9).to(dtype))
+    sliced = next(n for n in gm.graph.nodes if n.target is aten.t.default)
+    region, _ = cut([next(n for n in gm.graph.nodes if n.target is aten.clone.default)])
     (value,) = random_inputs(region, seed=0)
     wanted = sliced.meta["val"]
     assert (value.shape, value.stride(), value.storage_offset()) == ((3, 4), wanted.stride(), 9)

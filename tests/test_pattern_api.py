@@ -230,3 +230,9 @@ def test_declaring_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     cube_pattern()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_pattern_can_still_be_called() -> None:
+    p = declared(rms_scaled, *tensors((3, 8), (4, 8)))
+    x, w = tensors((3, 8), (4, 8))
+    torch.testing.assert_close(p(x, w, scale=3.0), rms_scaled(x, w, 1e-6, 3.0))

@@ -24,7 +24,7 @@ def found(pattern, function, inputs):
 def test_example(pattern, index):
     example = pattern.examples[index]
     inputs = example.inputs()
-    function = example.function or _plain(pattern, inputs)
+    function = example.function or _callable(pattern)
     matches, near_misses = found(pattern, function, inputs)
     if example.refused is None:
         assert [m.pattern for m in matches] == [pattern.name], near_misses
@@ -33,18 +33,9 @@ def test_example(pattern, index):
         assert any(example.refused in n.reason for n in near_misses), near_misses
 
 
-def _plain(pattern, inputs):
-    """The pattern's own function with the first alternative of each choice."""
-    import inspect
-
-    from fusion_compiler.pattern import Choice
-
-    fixed = {
-        name: p.default.alternatives[0]
-        for name, p in inspect.signature(pattern.function).parameters.items()
-        if isinstance(p.default, Choice)
-    }
-    return lambda *tensors: pattern.function(*tensors, **fixed)
+def _callable(pattern):
+    """The pattern's own function; a declared pattern knows what choices and literals default to."""
+    return pattern if callable(pattern) else pattern.function
 
 
 def test_every_constraint_is_exercised():
@@ -175,7 +166,7 @@ def test_no_pattern_is_subsumed_by_another(pattern):
         if example.refused is not None:
             continue
         inputs = example.inputs()
-        view = SemanticView(trace(example.function or _plain(pattern, inputs), inputs))
+        view = SemanticView(trace(example.function or _callable(pattern), inputs))
         mine = {(m.site.output, m.op) for m in find_all(view, [pattern])[0]}
         for other in BUILTIN:
             if other is not pattern and (pattern.name, other.name) not in MORE_GENERAL:

@@ -28,7 +28,7 @@ from fusion_compiler.semantics import SemanticView
 
 PATTERNS = [p for p in BUILTIN if p.name in ("gated_mlp", "norm_linear")]
 QUICK = settings(
-    max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     phases=(Phase.generate, Phase.shrink),
 )  # fmt: skip
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -119,50 +119,107 @@ def test_linears_behind_norms_match(leading, k, n, dtype, norm, product, biased,
 
 
 # ---- choices that may be wrong ------------------------------------------------------------------
-CENTRES = [lambda x: x, lambda x: x - x.mean(-1, True), lambda x: x - x.mean(-2, True), lambda x: x - 0.5 * x.mean(-1, True),
-           lambda x: x - x.mean(-1), lambda x: x + 1, lambda x: 2 * x, lambda x: x - x.amax(-1, True)]  # fmt: skip
+CENTRES = [
+    lambda x: x,
+    lambda x: x - x.mean(-1, True),
+    lambda x: x - x.mean(-2, True),
+    lambda x: x - 0.5 * x.mean(-1, True),
+    lambda x: x - x.mean(-1),
+    lambda x: x + 1,
+    lambda x: 2 * x,
+    lambda x: x - x.amax(-1, True),
+]
 STATISTICS = [
-    lambda x: x.pow(2).mean(-1, True), lambda x: x.pow(2).mean(-2, True), lambda x: x.pow(2).mean(-1),
-    lambda x: x.pow(2).sum(-1, True), lambda x: x.pow(2).sum(-1, True) / x.shape[-1], lambda x: x.abs().mean(-1, True),
-    lambda x: x.var(-1, unbiased=True, keepdim=True), lambda x: x.var(-1, unbiased=False, keepdim=True),
-    lambda x: x.pow(4).mean(-1, True), lambda x: x.pow(2).mean((-1, -2), True), lambda x: x.pow(2).sum(-1, True) / 3,
-    lambda x: x.pow(2).mean(-1, True) - x.mean(-1, True).pow(2), lambda x: x.pow(2).mean(-1, True) - x.mean(-1, True),
-]  # fmt: skip
+    lambda x: x.pow(2).mean(-1, True),
+    lambda x: x.pow(2).mean(-2, True),
+    lambda x: x.pow(2).mean(-1),
+    lambda x: x.pow(2).sum(-1, True),
+    lambda x: x.pow(2).sum(-1, True) / x.shape[-1],
+    lambda x: x.abs().mean(-1, True),
+    lambda x: x.var(-1, unbiased=True, keepdim=True),
+    lambda x: x.var(-1, unbiased=False, keepdim=True),
+    lambda x: x.pow(4).mean(-1, True),
+    lambda x: x.pow(2).mean((-1, -2), True),
+    lambda x: x.pow(2).sum(-1, True) / 3,
+    lambda x: x.pow(2).mean(-1, True) - x.mean(-1, True).pow(2),
+    lambda x: x.pow(2).mean(-1, True) - x.mean(-1, True),
+]
 ROOTS = [
-    lambda s: torch.rsqrt(s + 1e-2), lambda s: 1 / (torch.sqrt(s) + 1e-2), lambda s: torch.rsqrt(s.clamp(min=0.5)),
-    lambda s: (s + 0.1) ** -0.5, lambda s: torch.sqrt(s + 0.1), lambda s: 1 / torch.sqrt(s + 0.1), lambda s: s + 0.1,
-    lambda s: torch.rsqrt(2 * s + 0.1), lambda s: math.sqrt(s.shape[-2]) * torch.rsqrt(s + 0.3),
-]  # fmt: skip
+    lambda s: torch.rsqrt(s + 1e-2),
+    lambda s: 1 / (torch.sqrt(s) + 1e-2),
+    lambda s: torch.rsqrt(s.clamp(min=0.5)),
+    lambda s: (s + 0.1) ** -0.5,
+    lambda s: torch.sqrt(s + 0.1),
+    lambda s: 1 / torch.sqrt(s + 0.1),
+    lambda s: s + 0.1,
+    lambda s: torch.rsqrt(2 * s + 0.1),
+    lambda s: math.sqrt(s.shape[-2]) * torch.rsqrt(s + 0.3),
+]
 SCALES = [
-    lambda h, w: h, lambda h, w: h * w.g, lambda h, w: h * (1 + w.g), lambda h, w: h * w.g + w.b, lambda h, w: h + w.b,
-    lambda h, w: h * w.g * w.b, lambda h, w: (h + w.b) * w.g, lambda h, w: h * w.g[:, None] if h.shape[-2] == len(w.g) else h,
-    lambda h, w: h * (2 - w.g), lambda h, w: h * w.g.mean(), lambda h, w: h * h, lambda h, w: 2 * h * w.g, lambda h, w: w.b - h * w.g,
-]  # fmt: skip
+    lambda h, w: h,
+    lambda h, w: h * w.g,
+    lambda h, w: h * (1 + w.g),
+    lambda h, w: h * w.g + w.b,
+    lambda h, w: h + w.b,
+    lambda h, w: h * w.g * w.b,
+    lambda h, w: (h + w.b) * w.g,
+    lambda h, w: h * w.g[:, None] if h.shape[-2] == len(w.g) else h,
+    lambda h, w: h * (2 - w.g),
+    lambda h, w: h * w.g.mean(),
+    lambda h, w: h * h,
+    lambda h, w: 2 * h * w.g,
+    lambda h, w: w.b - h * w.g,
+]
 ACTS = [
-    *spell.ACTIVATIONS.values(), lambda x: x, torch.tanh, torch.exp, lambda x: x * torch.sigmoid(1.702 * x),
-    lambda x: 0.5 * x * (1 + torch.tanh(x)), lambda x: 0.5 * x * (1 + torch.erf(x)), lambda x: x * (1 + torch.erf(x / 2**0.5)),
-    lambda x: x / (2 + torch.exp(-x)), lambda x: x / (1 + torch.exp(x)), lambda x: F.relu(x) ** 3, lambda x: 3 * F.silu(x),
-    lambda x: x * torch.exp(x) / (1 + torch.exp(-x)), lambda x: x * torch.sigmoid(-x), lambda x: 1 - torch.sigmoid(x),
-]  # fmt: skip
+    *spell.ACTIVATIONS.values(),
+    lambda x: x,
+    torch.tanh,
+    torch.exp,
+    lambda x: x * torch.sigmoid(1.702 * x),
+    lambda x: 0.5 * x * (1 + torch.tanh(x)),
+    lambda x: 0.5 * x * (1 + torch.erf(x)),
+    lambda x: x * (1 + torch.erf(x / 2**0.5)),
+    lambda x: x / (2 + torch.exp(-x)),
+    lambda x: x / (1 + torch.exp(x)),
+    lambda x: F.relu(x) ** 3,
+    lambda x: 3 * F.silu(x),
+    lambda x: x * torch.exp(x) / (1 + torch.exp(-x)),
+    lambda x: x * torch.sigmoid(-x),
+    lambda x: 1 - torch.sigmoid(x),
+]
 SECONDS = [  # the other input and weight
-    lambda x, h, w: F.linear(h, w.up), lambda x, h, w: F.linear(x, w.up), lambda x, h, w: F.linear(h, w.gate),
-    lambda x, h, w: h @ w.up_kn, lambda x, h, w: F.linear(h + 1, w.up), lambda x, h, w: F.linear(2 * h, w.up),
-    lambda x, h, w: F.silu(F.linear(h, w.up)), lambda x, h, w: F.linear(h, w.up).mT.reshape(*h.shape[:-1], -1),
-    lambda x, h, w: F.linear(h, w.packed).chunk(2, -1)[1], lambda x, h, w: F.linear(h, w.packed, w.b_packed)[..., : len(w.up)],
-    lambda x, h, w: F.linear(h.mT.reshape(h.shape), w.up), lambda x, h, w: F.linear(h, w.up)[..., :1],
-]  # fmt: skip
+    lambda x, h, w: F.linear(h, w.up),
+    lambda x, h, w: F.linear(x, w.up),
+    lambda x, h, w: F.linear(h, w.gate),
+    lambda x, h, w: h @ w.up_kn,
+    lambda x, h, w: F.linear(h + 1, w.up),
+    lambda x, h, w: F.linear(2 * h, w.up),
+    lambda x, h, w: F.silu(F.linear(h, w.up)),
+    lambda x, h, w: F.linear(h, w.up).mT.reshape(*h.shape[:-1], -1),
+    lambda x, h, w: F.linear(h, w.packed).chunk(2, -1)[1],
+    lambda x, h, w: F.linear(h, w.packed, w.b_packed)[..., : len(w.up)],
+    lambda x, h, w: F.linear(h.mT.reshape(h.shape), w.up),
+    lambda x, h, w: F.linear(h, w.up)[..., :1],
+]
 ENDS = [
-    lambda y, w: y, lambda y, w: y + w.b_up, lambda y, w: y * 2, lambda y, w: y.sum(-1), lambda y, w: y + y.mT.reshape(y.shape),
-    lambda y, w: y * torch.arange(y.shape[-2]).to(y.dtype)[:, None], lambda y, w: y.reshape(-1)[None], lambda y, w: y.relu(),
-]  # fmt: skip
+    lambda y, w: y,
+    lambda y, w: y + w.b_up,
+    lambda y, w: y * 2,
+    lambda y, w: y.sum(-1),
+    lambda y, w: y + y.mT.reshape(y.shape),
+    lambda y, w: y * torch.arange(y.shape[-2]).to(y.dtype)[:, None],
+    lambda y, w: y.reshape(-1)[None],
+    lambda y, w: y.relu(),
+]
 
 
-@settings(QUICK, max_examples=150)
+@settings(QUICK, max_examples=100)
 @given(
     leading=st.sampled_from([(4,), (3, 4), (1, 4), (5,), (2, 2, 4)]), n=st.sampled_from([4, 4, 6]),
     centre=st.sampled_from([CENTRES[0], *CENTRES]), statistic=st.sampled_from(STATISTICS), root=st.sampled_from(ROOTS),
     scale=st.sampled_from(SCALES), act=st.sampled_from(ACTS), second=st.none() | st.sampled_from(SECONDS),
-    end=st.sampled_from(ENDS), of_centred=st.booleans(), kept=st.sampled_from(["", "gate", "norm"]), normed=st.booleans(),
+    end=st.sampled_from(ENDS), of_centred=st.booleans(),
+    kept=st.sampled_from(["", "gate", "norm"]), normed=st.booleans(),
 )  # fmt: skip
 def test_what_matches_is_what_eager_computes(
     leading, n, centre, statistic, root, scale, act, second, end, of_centred, kept, normed

@@ -224,6 +224,8 @@ def step(node: Node) -> View | None:
     """The node as a view of its first input; None where it is no view."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
+    if not isinstance(node.args[0].meta.get("val"), torch.Tensor):
+        return None  # one of several results
     below = View.of(node.args[0])
     target: Any = node.target
     if target in SWAPS:

@@ -1,12 +1,14 @@
 """Predicted time of split-KV decode attention, and the plans worth predicting.
 
-seconds = start + step + max(memory, chain) + (waves − 1) · wave + combine + launches · overhead
+seconds = start + step + ‖(memory, chain)‖₇ + (waves − 1) · wave + combine + launches · overhead
 memory  = bytes / (bandwidth · reached)
 chain   = (waves · steps of a program − 1) · step: a program waits for its tiles, computes, asks for the next
-step    = base + bytes of a tile + rows beyond eight + latency of the memory, hidden by pipeline stages
+step    = base + bytes of a tile + latency of the memory, hidden by pipeline stages, + work of the programs that share
+          the SM: products of rows beyond eight, or in float32 all of them, on the ordinary units
+combine = splits and programs of the second kernel, and the workspace written and read
 
-The constants are measured (decode_efficiency.json, with device, date and versions) at 8 and 16 rows in bfloat16; float32
-products run on the ordinary units at a fraction of their rate that is a guess.
+The 7-norm is a soft maximum; symbolic amounts take the maximum itself, which can be solved for crossovers. The
+constants are measured (decode_efficiency.json, with device, date and versions) at 8 to 64 rows.
 
 How many keys a position on the device will leave visible is not known when compiling. Plans are made for the allocated
 keys, but half of them are priced: the positions of a cache that fills up are evenly spread.
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 
 from ...candidates import Amount, Traffic
-from ...cost.amounts import amount, ceil_div, maximum, minimum
+from ...cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
 from ...fused import Attention
 from ...machine import Machine
 from .decode_source import DecodePlan, power_of_two, query_rows, row_tiles
@@ -46,12 +48,11 @@ class Constants:
     start: float
     step: float
     step_byte: float
-    step_row: float
+    product: float  # per multiply-add of rows beyond eight
     latency: float
     wave: float
     reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
     ordinary_fraction: float
-    combine: float
     combine_split: float
     combine_program: float
 
@@ -77,7 +78,7 @@ def plans(op: Attention, machine: Machine) -> Iterator[DecodePlan]:
         if stages * tile + 4096 > machine.shared_memory or (stages == 2 and 3 * tile + 4096 <= machine.shared_memory):
             continue
         most = min(MOST_SPLITS, -(-longest // block))
-        for splits in sorted({max(1, min(most, round(n * machine.num_sms / pairs))) for n in PER_SM}):
+        for splits in sorted({1, *(max(1, min(most, round(n * machine.num_sms / pairs))) for n in PER_SM)}):
             yield DecodePlan(rows, block, splits, WARPS, stages)
 
 
@@ -108,7 +109,7 @@ def traffic(op: Attention, plan: DecodePlan, keys: Amount) -> Traffic:
     read = item * (pairs * keys * (op.head_dim + op.v_dim) + rows * op.head_dim)
     if op.mask.kind == "tensor":
         read = read + amount(op.q_len) * keys * (item if op.mask.tensor == "additive" else 1)
-    handed = 4 * rows * plan.splits * (op.v_dim + 2) if plan.splits > 1 else 0
+    handed = _handed(op, plan)
     flops = 2 * rows * keys * (op.head_dim + op.v_dim)
     return Traffic(flops, read + handed, item * rows * op.v_dim + handed, 1 + (plan.splits > 1))
 
@@ -119,21 +120,35 @@ def seconds(op: Attention, plan: DecodePlan, machine: Machine, keys: Amount) -> 
     pairs = amount(op.batch) * int(op.kv_heads)
     blocks = ceil_div(keys, plan.block)
     active = minimum(blocks, plan.splits)
-    waves = ceil_div(pairs * row_tiles(op, plan) * active, machine.num_sms * resident(op, plan, machine))
-    step = known.step + known.step_byte * tile_bytes(op, plan.block) + known.step_row * (plan.rows - 8)
-    step += known.latency / (plan.num_stages - 1)
+    programs = pairs * row_tiles(op, plan) * active
+    together = minimum(resident(op, plan, machine), ceil_div(programs, machine.num_sms))
+    waves = ceil_div(programs, machine.num_sms * resident(op, plan, machine))
+    work = known.product * (plan.rows - 8) * plan.block * (op.head_dim + op.v_dim)
     if op.dtype == torch.float32:
-        products = 2 * plan.rows * plan.block * (op.head_dim + op.v_dim)
-        step += products / (machine.vector_flops / machine.num_sms * known.ordinary_fraction)
+        flops = 2 * plan.rows * plan.block * (op.head_dim + op.v_dim)
+        work = flops / (machine.vector_flops / machine.num_sms * known.ordinary_fraction)
+    step = known.step + known.step_byte * tile_bytes(op, plan.block) + known.latency / (plan.num_stages - 1)
+    step = step + work * together
     chain = (waves * ceil_div(blocks, active) - 1) * step
     moved = op.dtype.itemsize * pairs * keys * (op.head_dim + op.v_dim)
     memory = moved / (machine.memory_bandwidth * known.reached)
-    total = known.start + step + maximum(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
+    total = known.start + step + _softly(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
     if plan.splits > 1:
         programs = pairs * query_rows(op) * math.ceil(op.v_dim / plan.combine_columns)
-        second = known.combine + known.combine_split * plan.splits + known.combine_program * programs
+        second = known.combine_split * plan.splits + known.combine_program * programs
+        second = second + 2 * _handed(op, plan) / machine.memory_bandwidth
         total = total + second + machine.launch_overhead
     return total
+
+
+def _handed(op: Attention, plan: DecodePlan) -> Amount:
+    """Bytes that the splits hand to the second kernel."""
+    rows = amount(op.batch) * int(op.kv_heads) * query_rows(op)
+    return 4 * rows * plan.splits * (op.v_dim + 2) if plan.splits > 1 else 0
+
+
+def _softly(a: Amount, b: Amount) -> Amount:
+    return maximum(a, b) if is_symbolic(a) or is_symbolic(b) else float((a**7 + b**7) ** (1 / 7))
 
 
 def tile_bytes(op: Attention, block: int) -> int:
