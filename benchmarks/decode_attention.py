@@ -1,4 +1,4 @@
-"""Split-KV decode attention, kernel by kernel: every plan of a sweep, or the one that the cost model takes, beside cuDNN.
+"""Split-KV decode attention, kernel by kernel: every plan of a sweep, or the one the cost model takes, beside cuDNN.
 
 python -m benchmarks.decode_attention --json figures.json            what the cost model takes
 python -m benchmarks.decode_attention --json figures.json --sweep    every plan
@@ -107,7 +107,9 @@ CASES = (
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    batch, heads, rows, columns = (0 if n == 1 else s for n, s in zip(shape, torch.empty(shape, device="meta").stride()))
+    batch, heads, rows, columns = (
+        0 if n == 1 else s for n, s in zip(shape, torch.empty(shape, device="meta").stride(), strict=True)
+    )
     return batch, heads, rows, columns
 
 
@@ -268,7 +270,8 @@ def measure(case: Case, plans: list[DecodePlan]) -> dict[str, Any]:
 def _row(result: dict[str, Any], shown: int) -> str:
     ranked = sorted(result["variants"], key=lambda v: v["us"])
     wrong = [v["label"] for v in ranked if not v["error"] <= 1.5]
-    head = f"{result['case']['name']:30s} floor {result['floor']:6.2f} cudnn {result['cudnn']:6.2f} unmasked {result['cudnn_unmasked']:6.2f}"
+    times = " ".join(f"{name} {result[name]:6.2f}" for name in ("floor", "cudnn", "cudnn_unmasked"))
+    head = f"{result['case']['name']:30s} {times}"
     best = " | ".join(
         f"{v['label']} {v['us']:.2f} ({v.get('split_us', v['us']):.2f}) predicted {v['predicted']:.2f}"
         for v in ranked[:shown]

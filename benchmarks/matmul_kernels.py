@@ -32,9 +32,8 @@ from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm
 from fusion_compiler.lowering.triton_codegen import predict
 from fusion_compiler.lowering.triton_codegen.aot import compile_kernel, constexprs, resources
-from fusion_compiler.lowering.triton_codegen.plans import Plan, blocks
-from fusion_compiler.lowering.triton_codegen.source import facts, write
-from fusion_compiler.lowering.triton_codegen.writer import KernelSource
+from fusion_compiler.lowering.triton_codegen.plans import Plan
+from fusion_compiler.lowering.triton_codegen.source import KernelSource, facts, write
 from fusion_compiler.machine import TABLE
 from fusion_compiler.splice import load_kernel
 
@@ -54,28 +53,19 @@ class Case:
     weights: int
     norm: RowNorm
     rows: tuple[int, ...]
-    splits: tuple[int, ...] = ()
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Output features of each weight."""
-        return self.splits or (self.n,) * self.weights
 
     def op(self, m: int) -> MatmulFamily:
         epilogue = SWIGLU if self.weights == 2 else PRODUCT
-        return MatmulFamily(
-            m, self.k, self.n, self.weights, self.norm, epilogue, (), torch.bfloat16, torch.bfloat16, splits=self.splits
-        )
+        return MatmulFamily(m, self.k, self.n, self.weights, self.norm, epilogue, (), torch.bfloat16, torch.bfloat16)
 
 
 CASES = (
     Case("mlp", 2048, 8192, 2, RMS, (1, 2, 4, 8, 16, 32, 64)),
     Case("mlp", 4096, 14336, 2, RMS, (1, 2, 4, 8, 16, 32, 64)),
-    Case("qkv", 2048, 3072, 3, RMS, (1, 4, 16, 64), (2048, 512, 512)),
-    Case("qkv", 4096, 6144, 3, RMS, (1, 4, 16, 64), (4096, 1024, 1024)),
+    Case("qkv", 4096, 6144, 1, RMS, (1, 4, 16, 64)),
     Case("q", 2048, 2048, 1, RMS, (1, 16)),
     Case("kv", 2048, 512, 1, RMS, (1, 16)),
-    Case("layer", 4096, 4096, 1, LAYER, (1, 4, 16, 64)),
+    Case("layer", 4096, 4096, 1, LAYER, (1, 16, 64)),
     Case("head", 2048, 128256, 1, RMS, (1, 16)),
 )
 
@@ -115,42 +105,39 @@ class Operands:
     def __init__(self, case: Case) -> None:
         device, dtype = "cuda", torch.bfloat16
         generator = torch.Generator(device).manual_seed(0)
-        copies = max(2, math.ceil(ROTATE_BYTES / (2 * case.k * sum(case.widths))))
+        copies = max(2, math.ceil(ROTATE_BYTES / (2 * case.weights * case.k * case.n)))
         self.case = case
         self.x = torch.randn(64, case.k, device=device, generator=generator).to(dtype)
         self.norm_weight = (1 + 0.2 * torch.randn(case.k, device=device, generator=generator)).to(dtype)
         self.norm_bias = (0.2 * torch.randn(case.k, device=device, generator=generator)).to(dtype)
         self.weights = [
             [
-                (torch.randn(width, case.k, device=device, generator=generator) / case.k**0.5).to(dtype)
-                for width in case.widths
+                (torch.randn(case.n, case.k, device=device, generator=generator) / case.k**0.5).to(dtype)
+                for _ in range(case.weights)
             ]
             for _ in range(copies)
         ]
 
-    def eager(self, x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    def eager(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
         return eager(self.case, x, self.norm_weight, self.norm_bias, weights)
 
     def reference(self, m: int) -> torch.Tensor:
         x, g, b = (t.double() for t in (self.x[:m], self.norm_weight, self.norm_bias))
-        return torch.cat(eager(self.case, x, g, b, [w.double() for w in self.weights[0]]), 1)
+        return eager(self.case, x, g, b, [w.double() for w in self.weights[0]])
 
 
-def eager(
-    case: Case, x: torch.Tensor, g: torch.Tensor, b: torch.Tensor, weights: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """The outputs: one for each part of a split case, else one."""
+def eager(case: Case, x: torch.Tensor, g: torch.Tensor, b: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     if case.norm.kind == "rms":
         wide = x if x.dtype == torch.float64 else x.float()
         y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + case.norm.eps)).to(x.dtype) * g
     else:
         y = F.layer_norm(x, (case.k,), g, b, case.norm.eps)
     products = [F.linear(y, w) for w in weights]
-    return [F.silu(products[0]) * products[1]] if case.weights == 2 else products
+    return F.silu(products[0]) * products[1] if case.weights == 2 else products[0]
 
 
-def error(outs: list[torch.Tensor], reference: torch.Tensor) -> float:
-    return float((torch.cat(outs, 1).double() - reference).norm() / reference.norm())
+def error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((out.double() - reference).norm() / reference.norm())
 
 
 def microseconds(calls: list[Callable[[], object]], replays: int) -> float:
@@ -184,11 +171,9 @@ def calls_of(operands: Operands, call: Callable[[list[torch.Tensor]], object]) -
 def measure(variant: Variant, operands: Operands, reference: torch.Tensor, replays: int) -> dict[str, Any]:
     op, plan, source = variant.case.op(variant.m), variant.plan, variant.source()
     kernel = load_kernel(source.text, source.name)
-    widths = op.splits or (op.n,)
-    outs = [torch.full((variant.m, n), float("nan"), device="cuda", dtype=op.out_dtype) for n in widths]
-    fixed = {"x": operands.x, "norm_weight": operands.norm_weight, "norm_bias": operands.norm_bias}
-    fixed |= dict(zip(source.tensors[-len(outs) :], outs, strict=True))
-    grid = (blocks(op, plan),)
+    out = torch.full((variant.m, op.n), float("nan"), device="cuda", dtype=op.out_dtype)
+    fixed = {"x": operands.x, "norm_weight": operands.norm_weight, "norm_bias": operands.norm_bias, "out": out}
+    grid = (math.ceil(op.n / plan.block_n),)
     constants = constexprs(op, plan)
 
     def launch(weights: list[torch.Tensor]) -> None:
@@ -196,7 +181,7 @@ def measure(variant: Variant, operands: Operands, reference: torch.Tensor, repla
         kernel[grid](**tensors, **constants, num_warps=plan.num_warps, num_stages=plan.num_stages)
 
     launch(operands.weights[0])
-    return {"error": error(outs, reference), "us": microseconds(calls_of(operands, launch), replays)}
+    return {"error": error(out, reference), "us": microseconds(calls_of(operands, launch), replays)}
 
 
 def competitors(operands: Operands, m: int, inductor: bool, replays: int) -> dict[str, float]:

@@ -64,10 +64,6 @@ class MatmulFamily:
     A weight may be part of a larger stored one (a packed gate|up): `features` then gives, per weight, the first of the
     N output features to take from its operand. Empty where every operand is the whole weight.
 
-    With `splits` the op has one output per weight, out_i [M, splits[i]] = epilogue(norm(x) @ w_iᵀ), and n is their sum:
-    linears of unequal widths that share x and the norm. The epilogue then knows acc(index=0), the part's own product,
-    and every "full" or "col" extra is one operand per part, in the order of the parts.
-
     Operands of a site, in this order: x, [norm weight], [norm bias], w_0, w_1, …, extras….
     """
 
@@ -82,12 +78,6 @@ class MatmulFamily:
     out_dtype: torch.dtype
     weight_is_kn: bool = False
     features: tuple[int, ...] = ()
-    splits: tuple[int, ...] = ()
-
-    @property
-    def per_output(self) -> int:
-        """Weights whose products make one element of the output."""
-        return 1 if self.splits else self.weights
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,7 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     steps = {extent(w.meta["val"].stride()[-2]) for w in weights if shape_of(w)[-2] != 1}
     if len(steps) > 1:
         apart = " and ".join(map(str, sorted(steps, key=str)))
-        return (
-            f"rows of its weights lie {apart} elements apart, and a kernel takes one step; make them contiguous"
-        )
+        return f"rows of its weights lie {apart} elements apart, and a kernel takes one step; make them contiguous"
 
     extras: list[tuple[Extra, Node]] = []
     epilogue = _epilogue(view, root, linears, extras, {}, (extent(m), n))

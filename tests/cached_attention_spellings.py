@@ -1,7 +1,7 @@
 """Spellings of attention over a static cache: keys and values are written at a position, later positions are masked.
 
-Each takes q [B, H, L, D], the caches k, v [B, H, S, D] after the write, and `visible` [1, 1, L, S], True where a key may
-be seen; `step` is what stands around all of them.
+Each takes q [B, H, L, D], the caches k, v [B, H, S, D] after the write, and `visible` [1, 1, L, S], True where a key
+may be seen; `step` is what stands around all of them.
 """
 
 from __future__ import annotations

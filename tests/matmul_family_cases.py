@@ -61,8 +61,7 @@ def family(
     m: int, k: int, n: int, norm: RowNorm | None, epilogue: Epilogue, dtype: torch.dtype, **further: object
 ) -> MatmulFamily:
     extras = tuple(Extra(kind, dtype) for kind in epilogue.kinds)  # type: ignore[arg-type]
-    known = {"weights": epilogue.weights, "norm": norm, "epilogue": epilogue.value, "extras": extras} | further
-    return MatmulFamily(m, k, n, dtype=dtype, out_dtype=dtype, **known)  # type: ignore[arg-type]
+    return MatmulFamily(m, k, n, epilogue.weights, norm, epilogue.value, extras, dtype, dtype, **further)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +82,11 @@ class Operands:
             norm = ((1 - op.norm.offset + 0.2 * torch.randn(k)).to(op.dtype),)
         if op.norm and op.norm.has_bias:
             norm = (*norm, (0.2 * torch.randn(k)).to(op.dtype))
-        widths = op.splits or (n,) * op.weights
-        stored = [(k, width) if op.weight_is_kn else (width, k) for width in widths]
-        if op.splits and op.weight_is_kn:  # one kernel needs one row stride: parts of one tensor
-            weights = (torch.randn(k, n) / k**0.5).to(op.dtype).split(op.splits, 1)
-        else:
-            weights = tuple((torch.randn(shape) / k**0.5).to(op.dtype) for shape in stored)
-        extras = []
-        for extra in op.extras:
-            for width in op.splits if op.splits and extra.kind in ("full", "col") else (n,):
-                shapes = {"full": (m, width), "col": (width,), "row": (m,), "scalar": ()}
-                extras.append(torch.randn(shapes[extra.kind]).to(extra.dtype))
-        return Operands(op, (scale * (torch.randn(m, k) + mean)).to(op.dtype), norm, weights, tuple(extras))
+        shapes = {"full": (m, n), "col": (n,), "row": (m,), "scalar": ()}
+        shape = (k, n) if op.weight_is_kn else (n, k)
+        weights = tuple((torch.randn(shape) / k**0.5).to(op.dtype) for _ in range(op.weights))
+        extras = tuple(torch.randn(shapes[e.kind]).to(e.dtype) for e in op.extras)
+        return Operands(op, (scale * (torch.randn(m, k) + mean)).to(op.dtype), norm, weights, extras)
 
     def flat(self) -> tuple[torch.Tensor, ...]:
         """In the order of a site's operands."""
@@ -112,8 +104,4 @@ class Operands:
             x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rule.eps)).to(dtype)
             x = x * (norm[0] + rule.offset) if norm else x
         products = [x @ (w if self.op.weight_is_kn else w.T).to(dtype) for w in self.weights]
-        extras = [e.to(dtype) for e in self.extras]
-        if self.op.splits:  # one extra at most, of its own for every part
-            parts = [epilogue.eager([p], extras[i : i + 1]) for i, p in enumerate(products)]
-            return torch.cat(parts, 1).to(dtype)
-        return epilogue.eager(products, extras).to(dtype)
+        return epilogue.eager(products, [e.to(dtype) for e in self.extras]).to(dtype)

@@ -56,7 +56,8 @@ MODELS: dict[str, Zoo] = {
     "whisper": Zoo(
         "WhisperConfig", "WhisperModel",
         {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-         "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 128, "max_source_positions": 32,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+         "vocab_size": 128, "max_source_positions": 32,
          "max_target_positions": 32, "num_mel_bins": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
          "decoder_start_token_id": 1},
         "mel", False,

@@ -1,4 +1,4 @@
-"""Recognising attention in a graph: `find_attention` reads the chain from the product with the values back to the start.
+"""Recognising attention in a graph: `find_attention` reads the chain back from the product with the values.
 
 axes: views as factorised axes · contraction: batched products · scores: what lies between the two products ·
 masks: what a mask is proved to be, from index_functions · roles: which axis is which · sdpa_calls: attention that the

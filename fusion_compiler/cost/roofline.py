@@ -64,11 +64,11 @@ def matmul_traffic(op: MatmulFamily) -> Traffic:
     m, k, n = amount(op.m), amount(op.k), amount(op.n)
     item = op.dtype.itemsize
     sizes: dict[str, Amount] = {"full": m * n, "row": m, "col": n, "scalar": 1}
-    read = item * (m * k + op.per_output * k * n)
+    read = item * (m * k + op.weights * k * n)
     read += sum((extra.dtype.itemsize * sizes[extra.kind] for extra in op.extras), 0)
     if op.norm is not None:
         read += item * k * (op.norm.has_weight + op.norm.has_bias)
-    return Traffic(2 * op.per_output * m * k * n, read, op.out_dtype.itemsize * m * n, 1)
+    return Traffic(2 * op.weights * m * k * n, read, op.out_dtype.itemsize * m * n, 1)
 
 
 def intensity(traffic: Traffic) -> Amount:

@@ -13,7 +13,7 @@ import torch
 
 from ...fused import MatmulFamily
 from .plans import Plan
-from .writer import KernelSource
+from .source import KernelSource
 
 _TRITON_TYPE = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
@@ -38,8 +38,8 @@ def compile_kernel(op: MatmulFamily, plan: Plan, source: KernelSource, target: A
     from ...splice import load_kernel
 
     kernel = load_kernel(source.text, source.name)
-    types = zip(source.tensors, source.dtypes, strict=True)
-    signature = {name: f"*{_TRITON_TYPE[dtype]}" for name, dtype in types}
+    extras = {f"extra{j}": extra.dtype for j, extra in enumerate(op.extras)} | {"out": op.out_dtype}
+    signature = {name: f"*{_TRITON_TYPE[extras.get(name, op.dtype)]}" for name in source.tensors}
     if source.runtime_m:
         signature["M"] = "i32"
     constants = constexprs(op, plan)

@@ -59,8 +59,13 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
             seconds=decode_predict.seconds(op, plan, machine, keys),
             emit=functools.partial(emit, op, plan),
             details=(
-                ("rows", plan.rows), ("block", plan.block), ("splits", plan.splits), ("num_warps", plan.num_warps),
-                ("num_stages", plan.num_stages), ("keys expected", keys), ("mask tensor", op.mask.kind == "tensor"),
+                ("rows", plan.rows),
+                ("block", plan.block),
+                ("splits", plan.splits),
+                ("num_warps", plan.num_warps),
+                ("num_stages", plan.num_stages),
+                ("keys expected", keys),
+                ("mask tensor", op.mask.kind == "tensor"),
             ),
         )  # fmt: skip
     ]
@@ -179,11 +184,13 @@ def _product(builder: Builder, *factors: Any) -> Any:
 # ---- layouts: strides instead of nodes -------------------------------------------------------------
 def _readable(builder: Builder, node: Node, layout: Layout) -> tuple[Node, Axes]:
     """(node, strides along the documented axes), the node copied only where no strides bring it into the layout."""
-    for candidate in (lambda: node, lambda: builder.contiguous(node)):
-        found = candidate()
-        strides = _strides(builder, found.meta["val"], layout)
-        if strides is not None:
-            return found, strides
+    strides = _strides(builder, node.meta["val"], layout)
+    if strides is not None:
+        return node, strides
+    dense = builder.contiguous(node)
+    strides = _strides(builder, dense.meta["val"], layout)
+    if strides is not None:
+        return dense, strides
     raise ValueError(f"{node.name} cannot be read as {tuple(layout.shape)} without a copy")
 
 

@@ -68,7 +68,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """One kernel: its arguments are `tensors` with their dtypes, then `sizes`, the symbolic ones; `outputs` are written."""
+    """One kernel: its arguments are `tensors` with their dtypes, then the symbolic `sizes`; `outputs` are written."""
 
     text: str
     name: str
@@ -303,8 +303,10 @@ class _Split(_Writer):
     def key(self, operand: Operand) -> str:
         """The index of the keys, in 64 bits where offsets within a head may pass 2³¹."""
         extent, stride = self.op.kv_len, operand.strides[2]
-        return "n" if isinstance(extent, int) and isinstance(stride, int) and extent * stride < 2**31 else (
-            "n.to(tl.int64)"
+        return (
+            "n"
+            if isinstance(extent, int) and isinstance(stride, int) and extent * stride < 2**31
+            else ("n.to(tl.int64)")
         )
 
     def sees_first_key(self) -> bool:
@@ -317,7 +319,9 @@ class _Split(_Writer):
         self.emit(f"s = s * {self.scale}")
         if op.softcap is not None:
             # tanh(x) = 1 − 2 / (1 + e^2x), which neither overflows nor needs a library
-            self.emit(f"s = {literal(op.softcap)} * (1.0 - 2.0 / (1.0 + tl.exp2(s * {literal(2 * LOG2E / op.softcap)})))")
+            self.emit(
+                f"s = {literal(op.softcap)} * (1.0 - 2.0 / (1.0 + tl.exp2(s * {literal(2 * LOG2E / op.softcap)})))"
+            )
             if self.binary:
                 self.emit(f"s = s * {literal(LOG2E)}")
         seen = ["(n < length)[:, None]"]
@@ -376,9 +380,7 @@ class _Combine(_Writer):
         self.emit(f"m = tl.load(stats + slot * 2{bound})", f"l = tl.load(stats + slot * 2 + 1{bound})")
         columns = [] if op.v_dim % plan.combine_columns == 0 else [f"(c < {op.v_dim})[None, :]"]
         tile = " & ".join([*(f"{i}[:, None]" for i in inside), *columns])
-        self.emit(
-            f"acc = tl.load(partial + slot[:, None] * {op.v_dim} + c[None, :]{f', mask={tile}' if tile else ''})"
-        )
+        self.emit(f"acc = tl.load(partial + slot[:, None] * {op.v_dim} + c[None, :]{f', mask={tile}' if tile else ''})")
         self.visible()
         self.emit('m = tl.where(split < active, m, float("-inf"))')
         self.emit("best = tl.max(m, 0)")

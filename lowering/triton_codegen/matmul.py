@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -17,7 +17,7 @@ from ...machine import Machine
 from ...splice import load_kernel
 from . import predict
 from .aot import constexprs
-from .plans import Plan, blocks
+from .plans import Plan
 from .pointwise import unsupported
 from .source import facts, write
 
@@ -98,7 +98,7 @@ def _candidate(op: MatmulFamily, machine: Machine, plan: Plan, limit: int) -> Ca
         valid=sympy.Le(m, limit) if symbolic else True,
         details=(
             ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k), ("num_warps", plan.num_warps),
-            ("num_stages", plan.num_stages), ("split_k", plan.split), ("blocks", blocks(op, plan)),
+            ("num_stages", plan.num_stages), ("blocks", math.ceil(int(op.n) / plan.block_n)),
             ("blocks_per_sm", predict.resident_blocks(op, plan, machine)),
         ),
     )  # fmt: skip
@@ -111,17 +111,9 @@ def float32_precision() -> str:
 
 def emit(op: MatmulFamily, plan: Plan, builder: Builder, site: Site) -> Node:
     """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
-    return emit_parts(op, plan, builder, site, [site.output])[0]
-
-
-def emit_parts(op: MatmulFamily, plan: Plan, builder: Builder, site: Site, outputs: Sequence[Node]) -> list[Node]:
-    """Adds the kernel of `plan` to the graph; returns one node for each of `outputs`, in its shape: one for each part
-    of an op with splits, or the only one."""
-    if len(outputs) != max(1, len(op.splits)):
-        raise ValueError(f"{len(outputs)} outputs for splits {op.splits}: pass one for each part, or the only one")
     source = write(op, plan, facts(op, plan, float32_precision()))
-    values = [output.meta["val"] for output in outputs]
-    written = [builder.empty(list(value.shape), op.out_dtype, value.device) for value in values]
+    value = site.output.meta["val"]
+    out = builder.empty(list(value.shape), op.out_dtype, value.device)
     operands = list(site.operands)
     x_stride, operands[0] = _rows(builder, operands[0], int(op.k))
     first = 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
@@ -135,14 +127,14 @@ def emit_parts(op: MatmulFamily, plan: Plan, builder: Builder, site: Site, outpu
             operands[i] = builder.contiguous(operands[i])
     if len(strides) > 1:
         raise ValueError(f"the weights of {site.output.name} have row strides {sorted(strides)}; one kernel needs one")
-    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, *written], strict=True))
+    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, out], strict=True))
     if source.runtime_m:
         arguments["M"] = op.m
     arguments |= constexprs(op, plan, x_stride, strides.pop())
-    kernel, grid = load_kernel(source.text, source.name), [blocks(op, plan)]
-    names = source.tensors[len(operands) :]
-    launched = builder.triton(kernel, grid, arguments, names, num_warps=plan.num_warps, num_stages=plan.num_stages)
-    return [launched[name] for name in names]
+    kernel = load_kernel(source.text, source.name)
+    grid = [math.ceil(int(op.n) / plan.block_n)]
+    launched = builder.triton(kernel, grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages)
+    return launched["out"]
 
 
 def _rows(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:

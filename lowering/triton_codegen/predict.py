@@ -26,19 +26,17 @@ import torch
 
 from ...fused import MatmulFamily
 from ...machine import Machine
-from .plans import Plan, blocks
-from .writer import norm_mode, statistics_block
+from .plans import Plan
+from .source import norm_mode, statistics_block
 
 REGISTERS_PER_SM = 65536
 REGISTERS_PER_THREAD = 255
 WARPS_PER_SM = 64
 BLOCKS_PER_SM = 32
 SMALL_SHARED_MEMORY = 100 * 1024  # below, two pipeline stages are worth a thought
-FEW_ROWS = 16  # more fill the matrix unit's own rows: kind "tile"
-TILE_ROWS = 64  # rows of one wgmma
-# (block_k, warps) of swap plans that suit wgmma: measured, since how the tile of x passes from shared memory through
+# (block_k, warps) that suit wgmma by rows of x: measured, since how the tile of x passes from shared memory through
 # registers and back decides between these and others up to 1.8 times slower.
-ACTIVATION_TILES = ((64, 4), (128, 8), (256, 4))
+ACTIVATION_TILES = {16: ((64, 4), (128, 8), (256, 4)), 32: ((64, 8),), 64: ((64, 4), (128, 8))}
 GEMV_ROWS = 4  # more rows need more registers than a thread has
 
 
@@ -79,8 +77,7 @@ def power_of_two(at_least: int) -> int:
 
 def plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
     """Every plan for up to `rows` rows that fits `machine`."""
-    menus = (_gemv_plans(op, rows), _swap_plans(op, machine, rows), _split_plans(op, machine, rows))
-    for plan in itertools.chain(*menus, _tile_plans(op, machine, rows)):
+    for plan in itertools.chain(_gemv_plans(op, rows), _swap_plans(op, machine, rows)):
         if shared_memory(op, plan) <= machine.shared_memory and registers(op, plan) <= REGISTERS_PER_THREAD:
             yield plan
 
@@ -98,84 +95,55 @@ def _gemv_plans(op: MatmulFamily, rows: int) -> Iterator[Plan]:
             yield Plan("gemv", rows, block_n, block_k, warps, stages, lanes=8)
 
 
-def _has_matrix_units(machine: Machine) -> bool:
-    return machine.kind == "rocm" or machine.capability >= 80  # Triton has none for earlier ones
-
-
 def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
+    if machine.kind == "cuda" and machine.capability < 80:
+        return  # Triton has no matrix instructions for them
     padded = max(8, power_of_two(rows))
-    if not _has_matrix_units(machine) or padded > FEW_ROWS:
-        return
     if op.dtype == torch.float32:
-        # "ieee" products run on the ordinary units with their operands in registers: narrow tiles
-        yield from (Plan("swap", padded, block_n, 32, 4, stages) for block_n in (16, 32, 64) for stages in (3, 4))
+        # "ieee" products run on the ordinary units with their operands in registers: narrow tiles, few rows
+        if padded <= 16:
+            yield from (Plan("swap", padded, block_n, 32, 4, stages) for block_n in (16, 32, 64) for stages in (3, 4))
         return
     longest = max(64, power_of_two(int(op.k)))
-    menu = itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (2, 3, 4))
-    for block_n, block_k, warps, stages in menu:
+    blocks = itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (2, 3, 4))
+    for block_n, block_k, warps, stages in blocks:
         if block_k > longest or (stages == 2 and machine.shared_memory > SMALL_SHARED_MEMORY):
             continue
-        # One row of warps: mma with both operands in registers, where the Gram diagonal is nearly free.
+        # Few rows, one row of warps: mma with both operands in registers, where the Gram diagonal is nearly free.
         few = block_n <= 32 or (padded == 8 and (block_n, block_k) == (128, 128))
-        if few and warps == max(1, min(block_n // 16, 8 if block_n == 128 else 4)):
+        if padded <= 16 and few and warps == max(1, min(block_n // 16, 8 if block_n == 128 else 4)):
             plan = Plan("swap", padded, block_n, block_k, warps, stages)
             yield replace(plan, gram=norm_mode(op, plan) == "folded")
-        elif block_n >= 64 and padded == 16 and (block_k, warps) in ACTIVATION_TILES:
+        elif block_n >= 64 and (block_k, warps) in ACTIVATION_TILES.get(padded, ()):
             yield Plan("swap", padded, block_n, block_k, warps, stages)
-
-
-def _split_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
-    padded = max(8, power_of_two(rows))
-    if machine.capability < 80 or padded > FEW_ROWS or op.dtype == torch.float32:
-        return
-    for block_n, split, stages in itertools.product((16, 32, 64), (2, 4, 8, 16), (3, 4, 5)):
-        if split * 64 <= int(op.k) and block_n * split <= 256:
-            plan = Plan("swap", padded, block_n, 64, split, stages, split=split)
-            yield replace(plan, gram=norm_mode(op, plan) == "folded")
-
-
-def _tile_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
-    if not _has_matrix_units(machine) or rows <= FEW_ROWS or op.dtype == torch.float32:
-        return
-    padded = max(TILE_ROWS, power_of_two(rows))
-    shapes = ((32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8))
-    for (block_n, block_k, warps), stages in itertools.product(shapes, (2, 3, 4, 5, 6)):
-        if (stages > 3) != (machine.shared_memory <= SMALL_SHARED_MEMORY):
-            yield Plan("tile", padded, block_n, block_k, warps, stages)
 
 
 def step_bytes(op: MatmulFamily, plan: Plan) -> int:
     """Bytes of weights that one block reads per step."""
-    return op.per_output * plan.block_n * plan.step_k * op.dtype.itemsize
+    return op.weights * plan.block_n * plan.block_k * op.dtype.itemsize
 
 
 def shared_memory(op: MatmulFamily, plan: Plan) -> int:
     """Upper estimate of a block's shared memory: every stage holds the weight tiles and the tile of x."""
-    weights, item = step_bytes(op, plan), op.dtype.itemsize
+    weights = step_bytes(op, plan)
     if plan.kind == "gemv":
         vectors = (1 + plan.rows) * plan.block_k * 4
         return vectors + (weights * plan.num_stages if plan.num_stages > 1 else 0)
-    x_tile = plan.rows * plan.step_k * item
-    passes = 3 * plan.rows * statistics_block(op, plan) * item if norm_mode(op, plan) == "first" else 0
-    parameters = plan.step_k * item * (op.norm.has_weight + op.norm.has_bias) if op.norm else 0
-    if plan.split > 1:  # operands go to registers, so the tile at hand needs no buffer
-        meeting = 4 * plan.split * plan.rows * plan.block_n
-        return max((plan.num_stages - 1) * (weights + x_tile + parameters), meeting, passes) + 1024
-    normed = x_tile if op.norm and plan.kind == "swap" else 0
-    return max(plan.num_stages * (weights + x_tile + parameters) + normed, passes) + 1024
+    x_tile = plan.rows * plan.block_k * op.dtype.itemsize
+    normed = x_tile + plan.num_stages * plan.block_k * op.dtype.itemsize if op.norm else 0
+    passes = 3 * plan.rows * statistics_block(op, plan) * op.dtype.itemsize if norm_mode(op, plan) == "first" else 0
+    return max(plan.num_stages * (weights + x_tile) + normed, passes) + 1024
 
 
 def registers(op: MatmulFamily, plan: Plan) -> int:
     """Estimate of registers per thread."""
     threads = 32 * plan.num_warps
-    count = op.per_output
     if plan.kind == "gemv":
-        partial = count * plan.rows * plan.block_n * plan.block_k // plan.lanes
+        partial = op.weights * plan.rows * plan.block_n * plan.block_k // plan.lanes
         return 40 + (partial + step_bytes(op, plan) // 4) // threads + 16 * (plan.rows - 1)
-    sums = plan.rows * count * plan.block_n + (plan.rows * plan.rows if plan.gram else 0)
-    if plan.split > 1:  # every warp has sums of its own, and the fragments of its weights
-        return 60 + (sums + min(2048, count * plan.block_n * plan.block_k // 2)) // 32
-    return 36 + (sums + (plan.rows * plan.block_k // 2 if op.norm else 0)) // threads
+    tile = plan.rows * (op.weights * plan.block_n + (plan.block_k // 2 if op.norm else 0))
+    gram = plan.rows * plan.rows if plan.gram else 0
+    return 36 + (tile + gram) // threads
 
 
 def resident_blocks(op: MatmulFamily, plan: Plan, machine: Machine) -> int:
@@ -187,24 +155,23 @@ def resident_blocks(op: MatmulFamily, plan: Plan, machine: Machine) -> int:
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: int) -> Any:
     """Predicted time where the kernel moves `moved` bytes (a number or sympy)."""
     known = constants()
-    kind = known.kinds["split" if plan.split > 1 else plan.kind]
+    kind = known.kinds[plan.kind]
     threads = 32 * plan.num_warps
-    count = blocks(op, plan)
-    steps = math.ceil(int(op.k) / plan.step_k)
-    per_sm = math.ceil(count / machine.num_sms)
-    share = count / (machine.num_sms * min(resident_blocks(op, plan, machine), per_sm))
-    products = plan.rows * op.per_output * plan.block_n * plan.step_k
+    blocks = math.ceil(int(op.n) / plan.block_n)
+    steps = math.ceil(int(op.k) / plan.block_k)
+    per_sm = math.ceil(blocks / machine.num_sms)
+    share = blocks / (machine.num_sms * min(resident_blocks(op, plan, machine), per_sm))
+    products = plan.rows * op.weights * plan.block_n * plan.block_k
     latency = kind.step + kind.latency / max(1, plan.num_stages - 1)
     latency += kind.byte_per_thread * step_bytes(op, plan) / threads + kind.multiply_add * products / threads
     chain = max(1.0, (share + math.ceil(share)) / 2) * steps * latency
     # no matrix unit multiplies in full float32; a third of the ordinary units' rate is a guess, not yet measured
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
     per_product = 3 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
-    work = per_sm * steps * (kind.x_element * plan.rows * plan.step_k + per_product * products)
+    work = per_sm * steps * (kind.x_element * plan.rows * plan.block_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
-    mode = norm_mode(op, plan)
-    if mode in ("first", "shifted"):
-        start += kind.statistics * (math.ceil(int(op.k) / statistics_block(op, plan)) if mode == "first" else 1)
+    if norm_mode(op, plan) == "first":
+        start += kind.statistics * math.ceil(int(op.k) / statistics_block(op, plan))
     memory = moved / (machine.memory_bandwidth * known.reached)
     if isinstance(memory, sympy.Expr):
         # the 4-norm of a symbolic amount would be slow to solve for crossovers; over few rows the weights dominate
