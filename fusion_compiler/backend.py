@@ -121,6 +121,12 @@ class Judged:
     candidate: Candidate | None = None
     span: tuple[sympy.Symbol, int, int | None] | None = None
 
+    @property
+    def limit(self) -> sympy.Basic | None:
+        """The sizes that the chosen kernel takes, where it does not take all."""
+        valid = self.candidate.valid if self.candidate else True
+        return valid if isinstance(valid, sympy.Basic) and valid.free_symbols else None
+
     def kept(self, reason: str) -> Judged:
         return dataclasses.replace(self, decision=_kept(self.decision, reason), candidate=None)
 
@@ -161,7 +167,7 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
         with _stage("judge"):
             judged = judge_all(gm, matches, target, tuner)
             if not guardable:
-                judged = [j.kept(UNGUARDED) if j.span and j.candidate else j for j in judged]
+                judged = [j.kept(UNGUARDED) if j.candidate and (j.span or j.limit) else j for j in judged]
         with _stage("select"):
             judged = choose(gm, judged)
     except StageError as error:
@@ -254,11 +260,11 @@ def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:
     ]
     edges = [(source, node) for node in gm.graph.nodes for source in node.all_input_nodes]
     winners = select.best(items, edges)
-    chosen = [fused[i] for i in winners]
+    lost = {id(fused[i]): items[i] for i in set(range(len(fused))) - set(winners)}
     result = []
     for j in judged:
-        if j.decision.verdict == "fused" and j not in chosen:
-            item = items[fused.index(j)]
+        item = lost.get(id(j))
+        if item is not None:
             rival = next((fused[i].decision for i in winners if items[i].exclusive & item.exclusive), None)
             j = j.kept(
                 f"{rival.pattern} at {rival.where} takes some of the same nodes; together the chosen fusions save more"
@@ -280,9 +286,14 @@ def check_device(gm: GraphModule, target: Machine | None) -> None:
 
 
 def hold_ranges(gm: GraphModule, judged: Sequence[Judged]) -> None:
-    """Installs guards so that sizes for which a verdict would be another are compiled anew."""
+    """Installs guards so that sizes for which a verdict would be another are compiled anew.
+
+    A verdict is solved in one symbol, the others as they were when tracing; a kernel may be limited in all of them.
+    """
     for span in {j.span for j in judged if j.span is not None}:
         size_guards.hold(fake_tensors.mode_of(gm), *span)
+    for limit in {j.limit for j in judged if j.limit is not None}:
+        size_guards.require(fake_tensors.mode_of(gm), limit)
 
 
 def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> None:

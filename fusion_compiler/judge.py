@@ -16,7 +16,8 @@ import torch
 from torch.fx import Node
 
 from .candidates import Amount, Candidate, Lowering, Traffic, Unavailable
-from .cost.amounts import Condition, at, is_symbolic
+from .cost.amounts import at, is_symbolic
+from .cost.amounts import fixed as fixed_at
 from .cost.baseline import Plan, inductor_plan
 from .cost.crossover import FAR, cheapest
 from .cost.roofline import matmul_facts
@@ -211,11 +212,11 @@ def _spans(
 ) -> list[_Span]:
     """Which way wins over the sizes of the symbol; without one, a single entry. With one way `favoured` by CLOSE, all
     ranges are given, however many."""
-    costs = [_fix(c, fixed) for c in (before.seconds, *(w.priced() for w in ways))]
+    costs = [fixed_at(c, fixed) for c in (before.seconds, *(w.priced() for w in ways))]
     if favoured is not None:
         seconds = before.seconds if favoured == 0 else ways[favoured - 1].seconds
-        costs[favoured] = _fix(seconds, fixed) / (1 + CLOSE)
-    valid = [True, *(_fix_condition(w.candidate.valid, fixed) for w in ways)]
+        costs[favoured] = fixed_at(seconds, fixed) / (1 + CLOSE)
+    valid = [True, *(fixed_at(w.candidate.valid, fixed) for w in ways)]
     if symbol is None:
         usable = [i for i, ok in enumerate(valid) if ok in (True, sympy.true)]
         return [(0, None, min(usable, key=lambda i: float(costs[i])))]
@@ -260,14 +261,6 @@ def _symbol(op: FusedOp, costs: Iterable[Amount]) -> sympy.Symbol | None:
     free = {s for c in costs if isinstance(c, sympy.Basic) for s in c.free_symbols}
     ordered = [s for size in _symints(op) for s in sorted(size.node.expr.free_symbols, key=str)]
     return next((s for s in ordered if s in free), None)
-
-
-def _fix(value: Amount, sizes: _Values) -> Amount:
-    return value.subs(sizes) if isinstance(value, sympy.Basic) else value
-
-
-def _fix_condition(value: Condition, sizes: _Values) -> Condition:
-    return value.subs(sizes) if isinstance(value, sympy.Basic) else value
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -315,7 +308,7 @@ class _Context:
         before = Work.of(self.before.traffic, self.before.seconds, sizes)
         if way is not None:
             return fused_reason(before, Work.of(way.traffic, way.seconds, sizes), way.measured)
-        usable = [w for w in self.ways if _fix_condition(w.candidate.valid, sizes) in (True, sympy.true)]
+        usable = [w for w in self.ways if fixed_at(w.candidate.valid, sizes) in (True, sympy.true)]
         best = min(usable, key=lambda w: at(w.seconds, sizes), default=None)
         unavailable = [u.reason for o in self.offers for _, u in o.unavailable]
         invalid = [w.candidate for w in self.ways if w not in usable]

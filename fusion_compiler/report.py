@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from .candidates import Amount, Traffic
-from .cost.amounts import at, is_symbolic
+from .cost.amounts import at, formula
 
 Verdict = Literal["fused", "kept"]
 
@@ -41,7 +41,7 @@ class Work:
         known = dict(sizes or {})
         return Work(
             at(traffic.flops, known), at(traffic.bytes_read, known), at(traffic.bytes_written, known),
-            traffic.launches, at(seconds, known), str(seconds) if is_symbolic(seconds) else "",
+            traffic.launches, at(seconds, known), formula(seconds),
         )  # fmt: skip
 
     @property

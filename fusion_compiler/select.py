@@ -76,10 +76,9 @@ def _without_cycles(chosen: list[int], items: Sequence[Item], edges: list[tuple[
         fused = nx.DiGraph((gone.get(a, a), gone.get(b, b)) for a, b in edges)
         fused.add_edges_from((read, items[i].output) for i in chosen for read in items[i].reads)
         fused.remove_edges_from(list(nx.selfloop_edges(fused)))
-        try:
-            cycle = {node for edge in nx.find_cycle(fused) for node in edge[:2]}
-        except nx.NetworkXNoCycle:
+        if nx.is_directed_acyclic_graph(fused):  # linear in the graph, which looking for a cycle is not
             return chosen
+        cycle = {node for edge in nx.find_cycle(fused) for node in edge[:2]}
         guilty = [i for i in chosen if items[i].output in cycle]
         if not guilty:
             raise ValueError("the graph has a cycle before anything is fused")

@@ -5,11 +5,13 @@ The functions stay in plain Python while every argument is a number, so a static
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 
 from ..candidates import Amount
 
@@ -54,15 +56,51 @@ def where(condition: Condition, a: Amount, b: Amount) -> Amount:
     return a if condition else b
 
 
+@functools.lru_cache(maxsize=4096)
+def formula(value: Amount) -> str:
+    """A symbolic amount as text, nothing for a number."""
+    return str(value) if is_symbolic(value) else ""
+
+
 def greater(a: Amount, b: Amount) -> Condition:
     return sympy.Gt(a, b) if is_symbolic(a) or is_symbolic(b) else bool(a > b)
 
 
 def at(value: Amount, sizes: Mapping[sympy.Symbol, int]) -> float:
     """The value where the symbols have the given sizes."""
-    return float(value.subs(sizes)) if isinstance(value, sympy.Basic) else float(value)
+    return float(fixed(value, sizes)) if isinstance(value, sympy.Basic) else float(value)
 
 
+def fixed(value: Any, sizes: Mapping[sympy.Symbol, int | sympy.Symbol]) -> Any:
+    """An amount or a condition where some symbols have the given sizes, or are others.
+
+    `subs` would try to prove which part of a maximum is the greater, which can take seconds; nothing is proved here,
+    and what holds numbers only is plain arithmetic.
+    """
+    return _fixed(value, dict(sizes), {}) if isinstance(value, sympy.Basic) else value
+
+
+def _fixed(value: Any, sizes: Mapping[Any, Any], memo: dict[Any, Any]) -> Any:
+    if value not in memo:
+        if not value.args:
+            memo[value] = sizes.get(value, value)
+        elif isinstance(value, sympy.Piecewise):
+            memo[value] = _branch([tuple(_fixed(part, sizes, memo) for part in branch) for branch in value.args])
+        else:
+            args = [_fixed(a, sizes, memo) for a in value.args]
+            proves = isinstance(value, (sympy.Max, sympy.Min, Relational)) and any(map(is_symbolic, args))
+            memo[value] = value.func(*args, evaluate=False) if proves else value.func(*args)
+    return memo[value]
+
+
+def _branch(branches: list[tuple[Any, ...]]) -> Any:
+    """The first branch whose condition holds, where that is known."""
+    possible = [(amount, condition) for amount, condition in branches if condition != sympy.false]
+    holds = possible and possible[0][1] == sympy.true
+    return possible[0][0] if holds else sympy.Piecewise(*possible, evaluate=False)
+
+
+@functools.lru_cache(maxsize=4096)  # the layers of a model ask for the same functions
 def compiled(value: Amount, symbol: sympy.Symbol) -> Callable[[int], float]:
     """`value` as a fast function of its one symbol."""
     if not is_symbolic(value):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import Attention, FusedOp, MatmulFamily
+from ...fused import FusedOp, MatmulFamily
 from ...machine import Machine
-from . import decode_attention, matmul
+from . import matmul
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,6 @@ class TritonCodegen:
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
         if isinstance(op, MatmulFamily):
             return matmul.candidates(op, machine)
-        if isinstance(op, Attention):
-            return decode_attention.candidates(op, machine)
         return []
 
 

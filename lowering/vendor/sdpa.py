@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_compiler.candidates import Candidate, Unavailable
 from fusion_compiler.cost.amounts import Condition, amount
@@ -177,10 +178,18 @@ def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: 
     q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
     if op.scale_operand:
         q = builder.call(aten.mul.Tensor, q, site.operands[-1])
+    q, k, v = (_rows_in_one_piece(builder, node) for node in (q, k, v))
     mask = _mask(op, backend, builder, site) if masked else None
     positional, keywords = backend.arguments(q, k, v, mask, causal, op.scale)
     called = builder.call(backend.operator, *positional, **keywords)
     return arranged(builder, builder.call(operator.getitem, called, 0), op.out)
+
+
+def _rows_in_one_piece(builder: Builder, node: Node) -> Node:
+    """`node` with its last dimension dense. The kernels take that for granted; torch's own dispatcher checks it."""
+    value = node.meta["val"]
+    dense = statically_known_true(value.shape[-1] == 1) or statically_known_true(value.stride(-1) == 1)
+    return node if dense else builder.contiguous(node)
 
 
 def _mask(op: Attention, backend: Backend, builder: Builder, site: Site) -> Node:
