@@ -145,6 +145,7 @@ class Attention:
     out: Layout
     softcap: float | None = None
     scale_operand: bool = False  # q·k is also multiplied with the site's last operand, a tensor of one element
+    scale_divides: bool = False  # it is divided by it instead
     vendor: str = ""  # the attention kernel that the graph already calls, if it does
 
 

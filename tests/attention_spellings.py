@@ -82,6 +82,31 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def maximum_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = (s - s.max(-1).values.unsqueeze(-1).detach()).exp()
+    return e * e.sum(-1, keepdim=True).reciprocal() @ v
+
+
+def divided_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return e @ v / e.sum(-1)[..., None]
+
+
+def less_its_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return torch.exp(s - torch.logsumexp(s, -1, keepdim=True)) @ v
+
+
+def exponential_of_log_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).log_softmax(-1).exp() @ v
+
+
+def scale_computed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT / torch.sqrt(torch.tensor(q.shape[-1], dtype=q.dtype)), -1) @ v
+
+
 def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = torch.softmax(k @ q.mT * scale_of(q), -2)
     return p.mT @ v
@@ -165,7 +190,8 @@ CAUSAL: tuple[Core, ...] = (
 )  # fmt: skip
 UNMASKED: tuple[Core, ...] = (
     divided, multiplied, q_prescaled, k_prescaled, both_prescaled, unscaled, einsum, merged_heads, softmax_in_float,
-    by_hand, transposed, values_first,
+    by_hand, maximum_detached, divided_last, less_its_logsumexp, exponential_of_log_softmax, scale_computed, transposed,
+    values_first,
 )  # fmt: skip
 
 

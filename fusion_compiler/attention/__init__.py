@@ -1,8 +1,8 @@
 """Recognising attention in a graph: `find_attention` reads the chain back from the product with the values.
 
-axes: views as factorised axes · contraction: batched products · scores: what lies between the two products ·
-masks: what a mask is proved to be, from index_functions · roles: which axis is which · sdpa_calls: attention that the
-graph already calls by name.
+axes, arrangements: views as factorised axes, and back · contraction: batched products · scores: what lies between the
+two products · softmax, late_division: the softmax in every spelling · masks: what a mask is proved to be, from
+index_functions · roles: which axis is which · sdpa_calls: attention that the graph already calls by name.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ Sizes are sympy expressions; what is not provably equal counts as different, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -253,21 +255,36 @@ def step(node: Node) -> View | None:
 
 
 def scalar_of(argument: Any) -> float | None:
-    """The number that an argument is: a Python number, or a full/0-d constant of the graph."""
+    """The number that an argument is: a Python number, a full/0-d constant of the graph, or one computed from those."""
     if isinstance(argument, (int, float)):
         return float(argument)
-    if isinstance(argument, Node):
-        if argument.op == "get_attr":
-            held = getattr(argument.graph.owning_module, str(argument.target), None)
-            # a constant of the program; fake tensors hold no value
-            return float(held) if type(held) is torch.Tensor and held.numel() == 1 else None
-        if argument.target is aten.full.default and isinstance(argument.args[1], (int, float)):
-            return float(argument.args[1])
-        if argument.target is aten.scalar_tensor.default and isinstance(argument.args[0], (int, float)):
-            return float(argument.args[0])
-        if argument.target in CASTS or argument.target in VIEWS:
-            return scalar_of(argument.args[0])
-    return None
+    if not isinstance(argument, Node):
+        return None
+    if argument.op == "get_attr":
+        held = getattr(argument.graph.owning_module, str(argument.target), None)
+        # a constant of the program; fake tensors hold no value
+        return float(held) if type(held) is torch.Tensor and held.numel() == 1 else None
+    if argument.target is aten.full.default:
+        return scalar_of(argument.args[1])
+    if argument.target is aten.scalar_tensor.default or argument.target in CASTS or argument.target in VIEWS:
+        return scalar_of(argument.args[0])
+    formula = FORMULAS.get(getattr(argument.target, "overloadpacket", None))
+    if formula is None or argument.kwargs:
+        return None
+    known = [scalar_of(a) for a in argument.args]
+    try:
+        return None if None in known else float(formula(*known))
+    except (ArithmeticError, ValueError):
+        return None
+
+
+# Arithmetic of constants, such as a scale written 1 / torch.sqrt(torch.tensor(d)).
+FORMULAS: dict[Any, Callable[..., float]] = {
+    aten.add: operator.add, aten.sub: operator.sub, aten.mul: operator.mul, aten.div: operator.truediv,
+    aten.neg: operator.neg, aten.abs: abs, aten.pow: math.pow, aten.sqrt: math.sqrt, aten.exp: math.exp,
+    aten.log: math.log, aten.rsqrt: lambda x: 1 / math.sqrt(x), aten.reciprocal: lambda x: 1 / x,
+    aten.ge: operator.ge, aten.where: lambda condition, yes, no: yes if condition else no,
+}  # fmt: skip
 
 
 def scaling(node: Node) -> tuple[Node, float] | None:
@@ -328,65 +345,3 @@ def unrepeated(views: Sequence[View]) -> list[View]:
         if repeats or target in COPIES or (step(view.source) is None):
             first = i + 1
     return list(views[first:])
-
-
-# ---- from views back to operations ---------------------------------------------------------------
-@dataclass(frozen=True)
-class Arrangement:
-    """reshape to `split`, permute by `order`, reshape to `merged`, expand to `shape`."""
-
-    split: tuple[sympy.Expr, ...]
-    order: tuple[int, ...]
-    merged: tuple[sympy.Expr, ...]
-    shape: tuple[sympy.Expr, ...]
-
-    def changes_nothing(self, shape: Sequence[sympy.Expr]) -> bool:
-        in_order = list(self.order) == sorted(self.order)
-        return in_order and same_shape(shape, self.merged) and same_shape(self.merged, self.shape)
-
-
-def in_order(atoms: Iterable[Atom], rank: int) -> list[Atom] | None:
-    """The atoms as they lie in a source of `rank` dimensions, outermost first; None where two of them overlap."""
-    ordered: list[Atom] = []
-    left = [a for a in atoms if not a.repeated]
-    for axis in range(rank):
-        run, reached = list[Atom](), ONE
-        while (inner := next((a for a in left if a.axis == axis and same(a.step, reached)), None)) is not None:
-            left.remove(inner)
-            run.insert(0, inner)
-            reached = inner.step * inner.size
-        ordered += run
-    return ordered if not left else None
-
-
-def arranged(source: Node, targets: Sequence[Sequence[Atom]]) -> Arrangement | None:
-    """How a node becomes a tensor whose dimensions are `targets`, lists of the node's atoms; None if it cannot."""
-    atoms = in_order((a for t in targets for a in t), len(shape_of(source)))
-    whole = atoms is not None and same(product(a.size for a in atoms), product(shape_of(source)))
-    return arrangement(atoms, targets) if atoms is not None and whole else None
-
-
-def arrangement(atoms: Sequence[Atom], targets: Sequence[Sequence[Atom]]) -> Arrangement | None:
-    """How a tensor made of `atoms` in this order becomes one whose dimensions are `targets`; None without a copy of
-    repeated elements."""
-    wanted = [[a for a in t if not a.repeated] for t in targets]
-    flat = [a for t in wanted for a in t]
-    if sorted(map(str, flat)) != sorted(map(str, atoms)):
-        return None
-    if any(w and len(w) != len(t) for w, t in zip(wanted, targets, strict=True)):
-        return None
-    # atoms that are neighbours before and after, within one dimension, need not be told apart
-    places = {a: (d, i) for d, t in enumerate(wanted) for i, a in enumerate(t)}
-    runs: list[list[Atom]] = []
-    for atom in atoms:
-        if runs and places[runs[-1][-1]] == (places[atom][0], places[atom][1] - 1):
-            runs[-1].append(atom)
-        else:
-            runs.append([atom])
-    ordered = sorted(range(len(runs)), key=lambda r: places[runs[r][0]])
-    return Arrangement(
-        tuple(product(a.size for a in run) for run in runs),
-        tuple(ordered),
-        tuple(product(a.size for a in w) for w in wanted),
-        tuple(product(a.size for a in t) for t in targets),
-    )

@@ -6,7 +6,7 @@ sizes, slicing the result back; all these forms must be read alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -33,13 +33,14 @@ class Operand:
 
 @dataclass(frozen=True)
 class Contraction:
-    """node = scale · Σ_inner left · right (+ `added`, a tensor)."""
+    """node = scale · Σ_inner left · right (+ beta · `added`, a tensor)."""
 
     node: Node
     left: Operand
     right: Operand
     scale: float = 1.0
     added: Node | None = None
+    beta: float = 1.0
 
 
 def contraction(node: Node) -> Contraction | None:
@@ -49,10 +50,11 @@ def contraction(node: Node) -> Contraction | None:
         return _perhaps_padded(node)
     if target in (aten.baddbmm.default, aten.addmm.default):
         added, a, b = (cast(Node, x) for x in node.args[:3])
-        alpha, beta = (node.kwargs.get(k, 1) for k in ("alpha", "beta"))
-        if not isinstance(alpha, (int, float)) or beta not in (0, 1):
+        alpha, beta = (axes.scalar_of(node.kwargs.get(k, 1)) for k in ("alpha", "beta"))
+        if alpha is None or beta is None:
             return None
-        return _matmul(node, a, b, float(alpha), added if beta == 1 else None)
+        product = _matmul(node, a, b, alpha)
+        return replace(product, added=added, beta=beta) if beta != 0 else product
     if target is aten.sum.dim_IntList:
         return _sum_of_product(node)
     return None
@@ -97,10 +99,10 @@ def _has_its_shape(found: Contraction) -> bool:
     return fits
 
 
-def _matmul(node: Node, a: Node, b: Node, scale: float = 1.0, added: Node | None = None) -> Contraction:
+def _matmul(node: Node, a: Node, b: Node, scale: float = 1.0) -> Contraction:
     if len(axes.shape_of(node)) == 3:
-        return Contraction(node, Operand(a, (0, 1, None), 2), Operand(b, (0, None, 2), 1), scale, added)
-    return Contraction(node, Operand(a, (0, None), 1), Operand(b, (None, 1), 0), scale, added)
+        return Contraction(node, Operand(a, (0, 1, None), 2), Operand(b, (0, None, 2), 1), scale)
+    return Contraction(node, Operand(a, (0, None), 1), Operand(b, (None, 1), 0), scale)
 
 
 def _sum_of_product(node: Node) -> Contraction | None:

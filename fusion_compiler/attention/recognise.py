@@ -1,6 +1,6 @@
 """Finds attention: softmax(scores of q and k) · v, in whatever shapes, orders and repeats it is written.
 
-Two contractions with a softmax between them are attention when every axis has its part (see attention_axes.py). k and v
+Two contractions with a softmax between them are attention when every axis has its part (see roles.py). k and v
 are then read without the repeats, whatever the order of the heads in the model. Attention operators that the graph
 already calls are read the same way, to find what they were not told: a causal mask, repeated heads.
 """
@@ -18,14 +18,16 @@ from torch.fx import GraphModule, Node
 
 from ..fused import Attention, Layout, Mask, Site, Size
 from ..match import Match, NearMiss
-from . import axes
+from . import arrangements, axes
 from .axes import Atom, View
 from .contraction import PADDING, Contraction, Operand, contraction
 from .index_functions import Indexer
+from .late_division import LateDivision, divided_later
 from .masks import Extents, Proof, Term, prove
 from .roles import Geometry, NotAttention, Parts
-from .scores import MaskSite, Obstacle, Scores, Softmax, scaled, scores, softmax
+from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
 from .sdpa_calls import Call, call
+from .softmax import Softmax, softmax, uncast
 
 PATTERN = "attention"
 
@@ -67,16 +69,21 @@ class _Finder:
         operator = call(node)
         if operator is not None:
             return self._of_call(operator)
-        found = softmax(node)
+        found, division = softmax(node), None
         if found is None:
+            found, division = divided_later(node) or (None, None)
+        if found is None or any(_zeroes_hidden_rows(u, node) for u in node.users):
             return None
         products, strangers = _products(node)
+        strangers = [s for s in strangers if division is None or s is not division.total]
         changed = None if products else next((s for s in strangers if _leads_to_product(s)), None)
         if not products and changed is None:
             return None
         above = scores(found.scores)
         if found.factor != 1.0 and isinstance(above, Scores):
             above = scaled(above, found.factor, node)
+        if found.by is not None and isinstance(above, Scores):
+            above = scaled_by(above, found.by, node)
         if isinstance(above, Obstacle):
             raise NotAttention(
                 above.node, f"{above.node.name} stands between the scores and their softmax {node.name}: {above.reason}"
@@ -94,9 +101,9 @@ class _Finder:
                 f"the probabilities {node.name} are also read by {other.name} (returned or saved for a backward pass), "
                 "so they must be written out anyway; output_attentions=False and torch.no_grad() free them",
             )
-        return self._of_softmax(found, above, products[0])
+        return self._of_softmax(found, above, products[0], division)
 
-    def _of_softmax(self, found: Softmax, above: Scores, product: Node) -> Parts:
+    def _of_softmax(self, found: Softmax, above: Scores, product: Node, division: LateDivision | None) -> Parts:
         first, second = above.contraction, cast(Contraction, contraction(product))
         dim = above.view.dims[found.dim % len(above.view.dims)]
         extents = axes.shape_of(first.node)
@@ -120,11 +127,18 @@ class _Finder:
         over_scores = view.through(above.view)
         if second.added is not None or second.scale != 1.0 or over_scores is None:
             raise NotAttention(product, f"{product.name} does more than to multiply the probabilities with the values")
-        chain = (first.node, *_between(p.node, [first.node, *(m.node for m in above.masks), *above.factors]))
+        if division is not None and not division.is_row_by_row(product, p, view):
+            raise NotAttention(
+                division.quotient,
+                f"{division.quotient.name} divides rows of {product.name} by the sums of others; dividing the "
+                "probabilities before they meet the values makes this a softmax",
+            )
+        border = [first.node, *(m.node for m in above.masks), *(f.node for f in above.factors)]
+        chain = (first.node, *_between(p.node, border))
         return Parts(
             found.node, product, extents, keys, query_axes[0] if query_axes else None, q, k, v, p,
             over_scores, above.scale, above.softcap, above.masks, total=found.total, chain=chain,
-            factors=above.factors,
+            factors=above.factors, quotient=division.quotient if division is not None else None,
         )  # fmt: skip
 
     def _of_call(self, found: Call) -> Parts:
@@ -172,7 +186,7 @@ class _Finder:
             operands.append(proof.position)
         if len(parts.factors) > 1:
             raise NotAttention(parts.root, "the scores are scaled by several tensors")
-        operands += parts.factors
+        operands += [f.node for f in parts.factors]
         shape = q_layout.shape
         if not isinstance(shape[3], int) or not isinstance(v_layout.shape[3], int):
             raise NotAttention(parts.root, "the head dimension is symbolic")
@@ -180,7 +194,7 @@ class _Finder:
             batch=shape[0], heads=shape[1], kv_heads=k_layout.shape[1], q_len=shape[2], kv_len=k_layout.shape[2],
             head_dim=shape[3], v_dim=v_layout.shape[3], scale=parts.scale * q_scale * k_scale, mask=proof.mask,
             dtype=dtype, layouts=tuple(layouts), out=out, softcap=parts.softcap,
-            scale_operand=bool(parts.factors), vendor=parts.vendor,
+            scale_operand=bool(parts.factors), scale_divides=any(f.divides for f in parts.factors), vendor=parts.vendor,
         )  # fmt: skip
         if parts.vendor and proof.mask.kind == "tensor" and k is parts.k.node:
             raise NotAttention(
@@ -205,7 +219,7 @@ class _Finder:
             raise NotAttention(next(iter(self.gm.graph.nodes)), f"no tensor of the graph has the size {expr}")
         return known
 
-    def _layout(self, found: axes.Arrangement, dtype: torch.dtype) -> Layout:
+    def _layout(self, found: arrangements.Arrangement, dtype: torch.dtype) -> Layout:
         split, merged, shape = (tuple(map(self._size, s)) for s in (found.split, found.merged, found.shape))
         return Layout(split, found.order, merged, shape, dtype)
 
@@ -213,10 +227,10 @@ class _Finder:
         self, geometry: Geometry, side: str, views: Sequence[View], dtype: torch.dtype
     ) -> tuple[Node, Layout, float]:
         """The node to read q, k or v from: the deepest one that has the documented shape, else the nearest readable."""
-        found: list[tuple[View, axes.Arrangement]] = []
+        found: list[tuple[View, arrangements.Arrangement]] = []
         for view in views:
             targets = geometry.targets(side, view)
-            arranged = axes.arranged(view.source, targets) if targets is not None else None
+            arranged = arrangements.arranged(view.source, targets) if targets is not None else None
             if arranged is not None:
                 found.append((view, arranged))
         if not found:
@@ -231,17 +245,23 @@ class _Finder:
         chain = [View.of(parts.product)]
         while len(chain[-1].source.users) == 1:
             (user,) = chain[-1].source.users
-            if not axes.is_size_preserving_view(user):
+            if not axes.is_size_preserving_view(user) and user is not parts.quotient:
                 break
             chain.append(View.of(user))
         nodes = [v.source for v in chain]
+        if parts.quotient is not None and parts.quotient not in nodes:
+            raise NotAttention(
+                parts.product, f"{parts.product.name} is also read before {parts.quotient.name} divides it"
+            )
+        first = nodes.index(parts.quotient) if parts.quotient is not None else 0
         copies = [i for i, n in enumerate(nodes) if n.target in axes.COPIES]
-        last = copies[-1] if copies else min(1, len(nodes) - 1)
-        fallback: tuple[Node, axes.Arrangement] | None = None
-        for end in range(last, -1, -1):
+        last = max(first, copies[-1] if copies else min(1, len(nodes) - 1))
+        fallback: tuple[Node, arrangements.Arrangement] | None = None
+        for end in range(last, first - 1, -1):
             view = View.of(nodes[end])
             for node in reversed(nodes[1 : end + 1]):
-                below = axes.step(node)
+                divided = node is parts.quotient
+                below = View.of(nodes[nodes.index(node) - 1]) if divided else axes.step(node)
                 further = view.through(below) if below is not None else None
                 if further is None:
                     break
@@ -292,6 +312,13 @@ class _Finder:
                 form = "additive" if site.additive else "visible" if site.keeps else "hidden"
                 proof = replace(proof, mask=replace(proof.mask, tensor=cast(Any, form)))
         return proof, operand
+
+
+def _zeroes_hidden_rows(user: Node, probabilities: Node) -> bool:
+    """Whether `user` is the same softmax again, with zeros in rows that see nothing."""
+    if user.target is not torch.ops.aten.where.self or uncast(cast(Node, user.args[2])) is not probabilities:
+        return False
+    return softmax(user) is not None
 
 
 def _leads_to_product(node: Node) -> bool:

@@ -19,12 +19,13 @@ import sympy
 from torch.fx import Node
 
 from ..fused import Mask
-from . import axes
+from . import arrangements, axes
 from .axes import Atom, View
 from .contraction import Operand
 from .index_functions import Index
 from .masks import Extents
 from .scores import MaskSite
+from .softmax import Scale
 
 
 class NotAttention(Exception):
@@ -69,10 +70,11 @@ class Parts:
     softcap: float | None
     masks: tuple[MaskSite, ...]
     known_mask: Mask | None = None
-    factors: tuple[Node, ...] = ()  # further scales, as tensors of one element
+    factors: tuple[Scale, ...] = ()  # further scales, as tensors of one element
     total: bool = False  # rows that see no key give 0
     chain: tuple[Node, ...] = ()  # nodes that hold scores or probabilities
     vendor: str = ""
+    quotient: Node | None = None  # the view of the product that is divided by the sums of the probabilities only then
 
     @property
     def value_dims(self) -> list[int]:
@@ -118,7 +120,7 @@ class Geometry:
         for axis, extent in enumerate(parts.extents):
             if axis == parts.keys or axes.same(extent, axes.ONE):
                 continue
-            own_atoms = axes.in_order((a for a, _ in pairs if a.axis == axis), len(parts.extents)) or []
+            own_atoms = arrangements.in_order((a for a, _ in pairs if a.axis == axis), len(parts.extents)) or []
             if not axes.same(axes.product(a.size for a in own_atoms), extent):
                 raise NotAttention(parts.product, f"{parts.product.name} does not read all the probabilities")
             columns: list[Sequence[Atom]] = [own_atoms, [next(b for a, b in pairs if a == s) for s in own_atoms]]
@@ -193,7 +195,7 @@ class Geometry:
             width = tuple(a for d in parts.value_dims for a in view.dims[d])
         return [[along[i] for i in self.batch], [along[i] for i in heads], length, list(width)]
 
-    def result(self, view: View) -> axes.Arrangement | None:
+    def result(self, view: View) -> arrangements.Arrangement | None:
         """How [batch, heads, queries, width] becomes a view of the product."""
         by_row = self.by_row(self.parts.probabilities)
         if by_row is None:
@@ -207,7 +209,7 @@ class Geometry:
         atoms = [Atom(i, axes.ONE, self.rows[i].size) for i in order]
         if not axes.same(self.v_dim, axes.ONE):
             atoms.append(self.value)
-        return axes.arrangement(atoms, found.dims) if found is not None else None
+        return arrangements.arrangement(atoms, found.dims) if found is not None else None
 
     @property
     def result_shape(self) -> tuple[sympy.Expr, ...]:
@@ -215,7 +217,7 @@ class Geometry:
         rows = (self.batch, self._heads(), self.queries)
         return (*(axes.product(self.rows[i].size for i in own) for own in rows), self.v_dim)
 
-    def mask(self, view: View, dims: tuple[axes.Dim, ...]) -> axes.Arrangement | None:
+    def mask(self, view: View, dims: tuple[axes.Dim, ...]) -> arrangements.Arrangement | None:
         """How a mask that meets scores of the dimensions `dims` becomes one over [batch, heads, queries, keys]."""
         along: dict[int, Atom] = {}
         for own, dim in zip(view.dims, dims[len(dims) - len(view.dims) :], strict=True):
@@ -228,7 +230,7 @@ class Geometry:
         targets = [[along[i] for i in rows if i in along] for rows in wanted]
         if any(t and len(t) != len(rows) for t, rows in zip(targets, wanted, strict=True)):
             return None
-        return axes.arranged(view.source, targets)
+        return arrangements.arranged(view.source, targets)
 
     # ---- symbols ----------------------------------------------------------------------------
     def _symbol(self, i: int) -> sympy.Symbol:

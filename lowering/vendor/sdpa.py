@@ -177,7 +177,7 @@ def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> Condition:
 def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: Builder, site: Site) -> Node:
     q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
     if op.scale_operand:
-        q = builder.call(aten.mul.Tensor, q, site.operands[-1])
+        q = builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, site.operands[-1])
     q, k, v = (_rows_in_one_piece(builder, node) for node in (q, k, v))
     mask = _mask(op, backend, builder, site) if masked else None
     positional, keywords = backend.arguments(q, k, v, mask, causal, op.scale)
