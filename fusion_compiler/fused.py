@@ -91,17 +91,27 @@ class Mask:
     tensor:  what the mask tensor says.
 
     `position` tells that a device-side integer scalar is added to the offset: the site's operand of that name. Unless
-    the kind is none or causal without a position, the mask is also there as a tensor operand that says the same.
+    the kind is none or causal without a position, the mask is also there as a tensor operand that says the same, where
+    the graph has one.
     """
 
     kind: Literal["none", "causal", "length", "tensor"]
     offset: Size | sympy.Expr = 0
-    window: int | None = None  # sliding window: also j > i + offset − window
+    window: int | None = None  # sliding window: also j > i + offset (+ position) − window
     position: bool = False
+    chunk: int | None = None  # chunked: also j // chunk == (i + offset (+ position)) // chunk
+    padding: int | None = None  # by length: also j < lengths[b] + padding, the site's operand `lengths`, [B] or [1]
     tensor: Literal["none", "additive", "visible", "hidden"] = "none"  # mask operand: added, or True = visible, hidden
     # rows that see no key: proved that there is none, or what the graph gives for them (NaN also where unknown)
     empty_rows: Literal["none", "mean", "nan", "zero"] = "nan"
     proof: str = ""  # a sentence: how the mask was recognised
+
+    @property
+    def is_top_left(self) -> bool:
+        """Whether it is torch's `is_causal` and nothing else."""
+        shifted = self.position or not isinstance(self.offset, int) or self.offset != 0
+        limited = (self.window, self.chunk, self.padding) != (None, None, None)
+        return self.kind == "causal" and not shifted and not limited
 
 
 @dataclass(frozen=True)
@@ -126,9 +136,9 @@ class Attention:
     q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; query head h reads key head h // (H / Hkv).
     score = scale · q·k, then softcap·tanh(score / softcap) where softcap is set, then the mask.
     Operands of a site, in this order: q, k, v, [mask tensor where mask.tensor is not "none"], [position scalar where
-    mask.position], [scale where scale_operand]. `layouts` brings q, k, v and the mask tensor into the shapes above (the
-    mask into one that broadcasts to [B, H, Lq, Lk]); `out` brings the result [B, H, Lq, Dv] into the shape of the
-    site's output.
+    mask.position], [lengths where mask.padding is set], [scale where scale_operand]. `layouts` brings q, k, v and the
+    mask tensor into the shapes above (the mask into one that broadcasts to [B, H, Lq, Lk]); `out` brings the result
+    [B, H, Lq, Dv] into the shape of the site's output.
     """
 
     batch: Size

@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_compiler.attention import axes
 from fusion_compiler.attention.index_functions import Choice, Indexer, leaves
-from fusion_compiler.attention.masks import Extents, Proof, Term, prove
+from fusion_compiler.attention.limits import Extents
+from fusion_compiler.attention.masks import Proof, Term, prove
 
 QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("query", "key"))
 Function = Callable[..., Any]
@@ -91,7 +92,7 @@ NOT_CAUSAL = {
 @pytest.mark.parametrize("name", NOT_CAUSAL)
 def test_not_causal(name: str) -> None:
     mask = proof(NOT_CAUSAL[name]).mask
-    assert mask.kind == "tensor", mask
+    assert mask.kind == "tensor" or (mask.offset, mask.empty_rows) == (-1, "nan"), mask
     assert mask.proof
 
 

@@ -225,6 +225,20 @@ class Indexer:
         x, condition, fill = (self._argument(a, index) for a in node.args)
         return choice(truth(condition), fill, x)
 
+    def _divide(self, node: Node, index: Index) -> Term | None:
+        """Integer division; sympy's floor and Mod are those of Python, which torch's rounding down follows."""
+        a, b = (number(self._argument(x, index)) for x in node.args[:2])
+        mode = node.kwargs.get("rounding_mode", "floor" if node.target is aten.floor_divide.default else None)
+        exact = isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_integer and b.is_integer
+        if mode is None or not exact or not b.is_positive or (mode == "trunc" and not a.is_nonnegative):
+            return None
+        return sympy.floor(a / b)
+
+    def _remainder(self, node: Node, index: Index) -> Term | None:
+        a, b = (number(self._argument(x, index)) for x in node.args)
+        exact = isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_integer and b.is_integer
+        return sympy.Mod(a, b) if exact and b.is_positive else None
+
     def _triangle(self, node: Node, index: Index) -> Term:
         diagonal = constant(node.args[1] if len(node.args) > 1 else 0)
         reach = index[-1] - index[-2]
@@ -321,6 +335,7 @@ _SPECIAL: dict[Any, Callable[[Indexer, Node, Index], Term | None]] = {
     aten.zeros: Indexer._zeros, aten.zeros_like: Indexer._zeros,
     prims.convert_element_type: Indexer._cast, aten._to_copy: Indexer._cast,
     aten.where: Indexer._where, aten.masked_fill: Indexer._masked_fill,
+    aten.div: Indexer._divide, aten.floor_divide: Indexer._divide, aten.remainder: Indexer._remainder,
     aten.tril: Indexer._triangle, aten.triu: Indexer._triangle,
     aten.slice: Indexer._slice, aten.select: Indexer._select, aten.cat: Indexer._cat,
     aten.index: Indexer._index, aten.cumsum: Indexer._cumsum,

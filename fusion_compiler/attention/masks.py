@@ -5,26 +5,29 @@ The relations that a mask's index function is made of are brought into the form 
     nothing to mask      the left side is never negative over the extents of the tensors
     causal               q − k + offset >= 0, the offset a number, a size, or an integer scalar on the device
     length               position − k >= 0, the same for every query
+    padding by length    lengths[b] − k + c >= 0, one length for each element of the batch
     sliding window       k − q + r >= 0
+    chunked              k ⫽ c = (q + offset) ⫽ c, or k >= ((q + offset) ⫽ c) · c, beside a causal limit
 
-Anything else stays a tensor, with a sentence that names what could not be proved. A finite fill (the smallest number of
-a dtype) acts as −∞ only in rows that see some key; that is proved too, else the mask stays a tensor.
+Anything else stays a tensor, with a sentence that names what could not be proved. Whether every row sees some key is
+proved by naming one: the first, the newest, or the query's own. A finite fill (the smallest number of a dtype) acts as
+−∞ only in such rows; elsewhere the mask stays a tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import sympy
-from sympy.core.relational import Equality, Relational
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..fused import Mask
 from . import axes
 from .index_functions import ZERO, Index, Indexer, leaves, truth
+from .limits import Extents, Limit, conjuncts, holds, loads_of, named, read, read_from
 
 # Finite fills from here on act as −∞ beside a visible key: float16 has no smaller number, wider dtypes no such scores.
 HIDDEN = -65504.0
@@ -46,38 +49,13 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Extents:
-    """The symbols that the mask is evaluated at, with their extents: index i runs from 0 to extent − 1."""
-
-    query: sympy.Expr
-    key: sympy.Symbol
-    extent: dict[sympy.Symbol, sympy.Expr]
-
-    @property
-    def kv_len(self) -> sympy.Expr:
-        return self.extent[self.key]
-
-    def minimum(self, expr: sympy.Expr) -> sympy.Expr:
-        """The least value of an expression that is linear in the indices; −∞ where it is not known to be linear."""
-        expr = sympy.expand(expr)
-        for symbol, extent in self.extent.items():
-            slope = expr.coeff(symbol)
-            rest = sympy.expand(expr - slope * symbol)
-            if symbol in rest.free_symbols or not (slope.is_nonnegative or slope.is_negative):
-                return -sympy.oo
-            expr = sympy.expand(rest + (slope * (extent - 1) if slope.is_negative else 0))
-        return expr
-
-    def never_negative(self, expr: sympy.Expr) -> bool:
-        return bool(self.minimum(expr).is_nonnegative)
-
-
-@dataclass(frozen=True)
 class Proof:
-    """What is known of a mask; `position` is the integer scalar that a device-side offset is read from."""
+    """What is known of a mask, with the integers on the device that it reads: the scalar that is added to the offset,
+    and the lengths."""
 
     mask: Mask
     position: Node | None = None
+    lengths: Node | None = None
 
 
 def prove(terms: Sequence[Term], extents: Extents, indexer: Indexer) -> Proof:
@@ -94,24 +72,45 @@ def prove(terms: Sequence[Term], extents: Extents, indexer: Indexer) -> Proof:
     conditions = sympy.to_nnf(sympy.And(*visible), simplify=False)
     if conditions == sympy.false:
         return Proof(Mask("tensor", empty_rows=empty, proof="the mask hides every key"))
-    parts = [_read(part, extents, indexer) for part in sympy.And.make_args(conditions)]
-    sees_first_key = all(p.keeps_first_key for p in parts)
+    parts = [read(part, extents, indexer) for part in conjuncts(conditions)]
     failed = next((p.failure for p in parts if p.failure), "")
-    proof = _combine([p for p in parts if not p.failure], extents, indexer) if not failed else None
-    if proof is None:
-        empty = "none" if sees_first_key else empty
-        return Proof(Mask("tensor", empty_rows=empty, proof=failed or "it has several limits of one kind"))
-    mask, sees = proof.mask, sees_first_key
-    if mask.window is not None:
-        # query i sees its newest key, i + offset, unless that lies beyond kv_len − 1 by a whole window; a position read
-        # from the device is one of the cache, which is kv_len long
-        newest = extents.query + mask.offset
-        beyond = extents.kv_len - 1 - newest + mask.window - 1
-        sees = mask.window > 0 and (mask.position or extents.never_negative(newest) and extents.never_negative(beyond))
-    if sees or mask.kind == "none":
-        return replace(proof, mask=replace(mask, empty_rows="none"))
-    reason = f"rows that see no key may exist ({mask.proof})"
-    return Proof(Mask("tensor", empty_rows=empty, proof=reason))
+    proof = _combine(parts, extents, indexer) if not failed else failed
+    reason = proof if isinstance(proof, str) else proof.mask.proof
+    offsets = [p.upper for p in parts if p.upper is not None and p.follows_query]
+    if isinstance(proof, Proof) and (proof.mask.kind == "none" or _newest_in_window(proof, extents)):
+        empty = "none"
+    elif _sees_a_key(conditions, offsets, extents, indexer):
+        empty = "none"
+    if isinstance(proof, str):
+        return Proof(Mask("tensor", empty_rows=empty, proof=reason))
+    # beside a finite fill, a row that sees nothing averages what the fill was put over: no limit says so
+    kind = "tensor" if empty == "mean" else proof.mask.kind
+    if kind == "tensor":
+        return Proof(Mask("tensor", empty_rows=empty, proof=reason))
+    return replace(proof, mask=replace(proof.mask, empty_rows=empty, proof=reason))
+
+
+def _newest_in_window(proof: Proof, extents: Extents) -> bool:
+    """Whether every query sees its newest key, i + offset, or where that lies beyond the last key, the last key."""
+    mask = proof.mask
+    if mask.window is None or mask.window <= 0 or mask.chunk is not None or mask.padding is not None:
+        return False
+    if mask.position:  # a query's own position in the cache is one of its kv_len
+        return isinstance(mask.offset, int) and 0 <= mask.offset < mask.window
+    newest = extents.query + mask.offset
+    beyond = extents.kv_len - 1 - newest + mask.window - 1
+    return extents.never_negative(newest) and extents.never_negative(beyond)
+
+
+def _sees_a_key(conditions: Boolean, offsets: Sequence[sympy.Expr], extents: Extents, indexer: Indexer) -> bool:
+    """Whether one and the same key, as a function of the query, is visible to every query."""
+    for key in (ZERO, extents.query, *(extents.query + offset for offset in offsets)):
+        inside = extents.never_negative(key) and extents.never_negative(extents.kv_len - 1 - key)
+        position = _position(sympy.expand(key - extents.query), indexer) if loads_of(key, indexer) else ""
+        in_cache = not isinstance(position, str) and position[1] == 0  # a query's own position is one of the cache
+        if (inside or in_cache) and holds(conditions.subs(extents.key, key), extents, indexer):
+            return True
+    return False
 
 
 def _visible(term: Term, indexer: Indexer) -> tuple[Boolean, float] | str:
@@ -119,112 +118,121 @@ def _visible(term: Term, indexer: Indexer) -> tuple[Boolean, float] | str:
     value = indexer.at(term.node, term.index)
     if not term.additive:
         if term.fill > HIDDEN:
-            return f"masked scores are set to {term.fill:g}, which is not small enough to hide a key"
+            return (
+                f"masked scores are set to {term.fill:g}, which is not small enough to hide a key; -inf or "
+                "torch.finfo(dtype).min is"
+            )
         return (truth(value) if term.keeps else sympy.Not(truth(value))), term.fill
     visible, fill = [], 0.0  # the most hiding value
     for condition, number in leaves(value):
         if not number.is_number:
-            return f"{term.node.name} adds {_named(number, indexer)} to the scores, which is neither 0 nor −∞"
+            return f"{term.node.name} adds {named(number, indexer)} to the scores, which is neither 0 nor −∞"
         added = term.factor * float(number) if number.is_extended_real else float("nan")
         if added == 0.0:
             visible.append(condition)
         elif added <= HIDDEN:
             fill = min(fill, added)
         else:
-            return f"{term.node.name} adds {added:g} to some scores, which is neither 0 nor −∞"
+            return (
+                f"{term.node.name} adds {added:g} to some scores, which is neither 0 nor small enough to hide a key; "
+                "-inf or torch.finfo(dtype).min is"
+            )
     return sympy.Or(*visible), fill
 
 
-def _named(expr: sympy.Basic, indexer: Indexer) -> str:
-    """The nodes that an expression reads, for a sentence."""
-    atoms = [*expr.free_symbols, *(f.func for f in expr.atoms(sympy.Function))]
-    names = sorted({indexer.loads[a].name for a in atoms if a in indexer.loads})
-    return "values of " + ", ".join(names) if names else str(expr)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One conjunct: offset + q·follows_query − k >= 0 (upper), or k − q + reach >= 0 (lower), or why it is neither."""
-
-    upper: sympy.Expr | None = None
-    lower: sympy.Expr | None = None
-    follows_query: bool = True
-    keeps_first_key: bool = True
-    failure: str = ""
-
-
-def _read(part: Boolean, extents: Extents, indexer: Indexer) -> _Part:
-    if part == sympy.true:
-        return _Part()
-    if isinstance(part, sympy.Or):
-        possible = [p for p in part.args if _read(sympy.Not(p), extents, indexer) != _Part()]
-        if len(possible) == 1 or any(_read(p, extents, indexer) == _Part() for p in possible):
-            return _read(possible[0], extents, indexer) if len(possible) == 1 else _Part()
-    if not isinstance(part, Relational):
-        return _Part(keeps_first_key=False, failure=f"{_named(part, indexer)} decide what is masked")
-    if isinstance(part, (Equality, sympy.Ne)) or not (part.lhs - part.rhs).is_integer:
-        return _Part(keeps_first_key=False, failure=f"a condition on {_named(part, indexer)} is no inequality")
-    slack = sympy.expand(part.gts - part.lts - (1 if part.func in (sympy.Gt, sympy.Lt) else 0))
-    if extents.never_negative(slack):
-        return _Part()
-    query, key = extents.query, extents.key
-    by_query = slack.coeff(query) if query != 0 else ZERO
-    by_key = slack.coeff(key)
-    rest = sympy.expand(slack - by_query * query - by_key * key)
-    # without an upper limit of its own, key 0 is hidden from some row unless the slack at key 0 is never negative;
-    # positions read from the device count from 0
-    reads = [a for a in rest.atoms(sympy.Function, sympy.Symbol) if a in indexer.loads or a.func in indexer.loads]
-    counts = {a: sympy.Dummy("count", integer=True, nonnegative=True) for a in reads}
-    keeps = extents.never_negative(slack.subs(key, 0).subs(counts))
-    if not rest.free_symbols & set(extents.extent) and (by_query, by_key) in ((1, -1), (0, -1)):
-        return _Part(upper=rest, follows_query=by_query == 1, keeps_first_key=keeps)
-    if not rest.free_symbols & set(extents.extent) and (by_query, by_key) == (-1, 1):
-        return _Part(lower=rest, keeps_first_key=False)
-    return _Part(keeps_first_key=keeps, failure=f"{sympy.Ge(slack, 0)} is no causal, length or window limit")
-
-
-def _combine(parts: list[_Part], extents: Extents, indexer: Indexer) -> Proof | None:
-    uppers = [p for p in parts if p.upper is not None]
-    lowers = [p for p in parts if p.lower is not None]
-    if len(uppers) > 1 or len(lowers) > 1 or (lowers and not uppers):
-        return None
-    if not uppers:
+def _combine(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | str:
+    """The mask that the limits make together, or why it is none."""
+    several = "it has several limits of one kind"
+    uppers = _closest([p for p in parts if p.upper is not None and not p.by_batch], extents)
+    ends = [p for p in parts if p.by_batch]
+    lowers, chunks = ([p for p in parts if getattr(p, name) is not None] for name in ("lower", "chunk"))
+    follow = [p for p in uppers if p.follows_query and extents.query != 0]
+    fixed = [p for p in uppers if p not in follow]
+    if follow and fixed:  # a causal limit and one length for all
+        ends, fixed = [*ends, *fixed], []
+    if max(map(len, (follow, fixed, ends, lowers, chunks))) > 1:
+        return several
+    if not uppers and not ends:
+        if lowers or chunks:
+            return "keys are limited from below or to a chunk, with no causal limit beside that"
         return Proof(Mask("none", proof="the mask hides nothing: every relation in it always holds"))
-    upper = uppers[0].upper
-    assert upper is not None
-    position = _position(upper, indexer)
+    limit = (follow or fixed or [Limit(upper=extents.kv_len - 1)])[0]
+    position = _position(cast(sympy.Expr, limit.upper), indexer)
     if isinstance(position, str):
-        return Proof(Mask("tensor", proof=position))
+        return position
     node, offset = position
-    kind: Literal["causal", "length"] = "causal" if uppers[0].follows_query and extents.query != 0 else "length"
-    if lowers and kind == "length":
-        return None
-    window = None
+    if (lowers or chunks) and not follow:
+        return "a window or chunk without a causal limit that follows the query"
+    window, chunk, padding, lengths = None, None, None, None
     if lowers:
-        span = sympy.expand(upper + lowers[0].lower + 1)
+        span = sympy.expand(sympy.Add(limit.upper, lowers[0].lower, 1))
         if not span.is_Integer:
-            return None
+            return f"the width of its window, {span}, is no number"
         window = int(span)
-    where = f" + {node.name}" if node is not None else ""
-    row = "query" if kind == "causal" else ""
-    limit = " + ".join(filter(None, (row, str(offset) if offset != 0 or not row else ""))) + where
-    proof = f"key <= {limit}, read from the index function of the mask"
-    if offset.is_Integer:
-        offset = int(offset)
-    return Proof(Mask(kind, offset=offset, window=window, position=node is not None, proof=proof), node)
+    if chunks:
+        if chunks[0].start != limit.upper:
+            return "its chunks are counted from another position than its causal limit"
+        chunk = chunks[0].chunk
+    if ends:
+        end = _lengths(cast(sympy.Expr, ends[0].upper), extents, indexer)
+        if isinstance(end, str):
+            return end
+        lengths, padding = end
+    newest = offset + (sympy.Symbol("query") if follow else 0) + (sympy.Symbol(node.name) if node is not None else 0)
+    limits = [f"key <= {newest}"] if uppers else []
+    limits += [f"key > {sympy.expand(newest - window)}"] if window is not None else []
+    limits += [f"in the same chunk of {chunk}"] if chunk is not None else []
+    if lengths is not None:
+        limits.append(f"key < {lengths.name}" + (f" + {padding}" if padding else ""))
+    return Proof(
+        Mask(
+            "causal" if follow else "length", offset=int(offset) if offset.is_Integer else offset, window=window,
+            position=node is not None, chunk=chunk, padding=padding,
+            proof=f"{', '.join(limits)}, read from the index function of the mask",
+        ), node, lengths,
+    )  # fmt: skip
+
+
+def _closest(uppers: Sequence[Limit], extents: Extents) -> list[Limit]:
+    """The upper limits without those that another one implies."""
+    kept: list[Limit] = []
+    for part in uppers:
+
+        def implies(a: Limit, b: Limit) -> bool:
+            return a.follows_query == b.follows_query and extents.never_negative(
+                cast(Any, b.upper) - cast(Any, a.upper)
+            )
+
+        if not any(implies(k, part) for k in kept):
+            kept = [*(k for k in kept if not implies(part, k)), part]
+    return kept
 
 
 def _position(offset: sympy.Expr, indexer: Indexer) -> tuple[Node | None, sympy.Expr] | str:
     """(scalar on the device, what is added to it) of an offset."""
-    reads = [a for a in offset.atoms(sympy.Function, sympy.Symbol) if a in indexer.loads or a.func in indexer.loads]
+    reads = loads_of(offset, indexer)
     if not reads:
         return None, offset
     rest = sympy.expand(offset - reads[0])
     if len(reads) > 1 or rest.has(reads[0]):
         return f"its offset {offset} is no integer scalar plus a number"
     if any(i != 0 for i in reads[0].args):
-        return f"its offset differs from row to row: it reads {_named(offset, indexer)}"
-    node = indexer.loads[reads[0] if reads[0] in indexer.loads else reads[0].func]
+        return f"its offset differs from row to row: it reads {named(offset, indexer)}"
+    node = read_from(reads[0], indexer)
     if axes.product(axes.shape_of(node)) != 1:
         return f"its offset is one element of {node.name}, which holds several"
     return node, rest
+
+
+def _lengths(limit: sympy.Expr, extents: Extents, indexer: Indexer) -> tuple[Node, int] | str:
+    """(lengths, c) where the limit is lengths[b] + c − 1."""
+    reads = loads_of(limit, indexer)
+    shift = sympy.expand(limit + 1 - reads[0]) if len(reads) == 1 else None
+    if shift is None or not shift.is_Integer:
+        return f"the length {limit} is no integer read from the device plus a number"
+    node = read_from(reads[0], indexer)
+    size = axes.product(axes.shape_of(node))
+    each = [i for i in reads[0].args if i != 0] == [extents.batch] and axes.same(size, extents.extent[extents.batch])
+    if not each and size != 1:
+        return f"its lengths {node.name} are not one for each element of the batch"
+    return node, int(shift)

@@ -23,7 +23,8 @@ from .axes import Atom, View
 from .contraction import PADDING, Contraction, Operand, contraction
 from .index_functions import Indexer
 from .late_division import LateDivision, divided_later
-from .masks import Extents, Proof, Term, prove
+from .limits import Extents
+from .masks import HIDDEN, Proof, Term, prove
 from .roles import Geometry, NotAttention, Parts
 from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
 from .sdpa_calls import Call, call
@@ -182,8 +183,7 @@ class _Finder:
         if mask_operand is not None:
             operands.append(mask_operand[0])
             layouts.append(mask_operand[1])
-        if proof.position is not None:
-            operands.append(proof.position)
+        operands += [n for n in (proof.position, proof.lengths) if n is not None]
         if len(parts.factors) > 1:
             raise NotAttention(parts.root, "the scores are scaled by several tensors")
         operands += [f.node for f in parts.factors]
@@ -301,7 +301,10 @@ class _Finder:
         if proof.mask.empty_rows != "none" and parts.total:
             proof = replace(proof, mask=replace(proof.mask, empty_rows="zero"))
         operand = None
-        if len(parts.masks) == 1 and (parts.masks[0].factor == 1.0 or not parts.masks[0].additive):
+        # a tensor says the same where it is all that is added, or where what it hides gets no weight
+        if len(parts.masks) == 1 and (
+            parts.masks[0].factor == 1.0 if parts.masks[0].additive else parts.masks[0].fill <= HIDDEN
+        ):
             site = parts.masks[0]
             dims = geometry.by_row(site.scores)
             arranged = geometry.mask(View.of(site.node), dims) if dims is not None else None

@@ -23,7 +23,7 @@ from . import arrangements, axes
 from .axes import Atom, View
 from .contraction import Operand
 from .index_functions import Index
-from .masks import Extents
+from .limits import Extents
 from .scores import MaskSite
 from .softmax import Scale
 
@@ -241,7 +241,8 @@ class Geometry:
         extent = {self._symbol(i): r.size for i, r in enumerate(self.rows)}
         key = self._symbol(len(self.rows))
         query = self._symbol(self.queries[0]) if self.queries else sympy.Integer(0)
-        return Extents(query, key, {**extent, key: self.kv_len})
+        batch = self._symbol(self.batch[0]) if len(self.batch) == 1 else None
+        return Extents(query, key, {**extent, key: self.kv_len}, batch)
 
     def index(self, dims: Sequence[axes.Dim], node: Node) -> Index:
         """Where a tensor that broadcasts to `dims` is read for the score at the symbols."""

@@ -146,13 +146,14 @@ def visible_keys(op: Attention, key_block: int = 0) -> Amount:
     mean = amount(op.mask.offset) + (lq + key_block) / 2
     if op.mask.window is not None:
         mean = minimum(mean, op.mask.window + key_block)
+    if op.mask.chunk is not None:
+        mean = minimum(mean, (op.mask.chunk + key_block) / 2)
     return minimum(lk, mean)
 
 
 def _as_tensor(op: Attention) -> bool:
     """Whether a kernel that knows only "no mask" and top-left causal needs the mask as a tensor."""
-    top_left = op.mask.kind == "causal" and not op.mask.position and op.mask.offset == 0 and op.mask.window is None
-    return op.mask.kind != "none" and not top_left
+    return op.mask.kind != "none" and not op.mask.is_top_left
 
 
 def attention_seconds(op: Attention, machine: Machine, backend: str, *, masked: bool | None = None) -> Amount:

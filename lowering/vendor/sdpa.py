@@ -109,7 +109,7 @@ def offer(op: Attention, machine: Machine, backend: Backend) -> Candidate | str:
     refusal = _refusal(op, machine, backend)
     if refusal:
         return refusal
-    causal = _is_causal(op)
+    causal = op.mask.is_top_left
     valid: Condition = True
     if causal and backend.square_causal:
         valid = _equal(op.q_len, op.kv_len)
@@ -141,7 +141,7 @@ def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
         return f"values are {op.v_dim} wide, queries {op.head_dim}"
     if _grouped(op) and not backend.grouped:
         return f"it needs as many key heads as query heads ({op.kv_heads} for {op.heads} here)"
-    if _is_causal(op) or op.mask.kind == "none":
+    if op.mask.is_top_left or op.mask.kind == "none":
         return ""
     if not backend.takes_mask:
         return "it takes no mask tensor"
@@ -156,16 +156,6 @@ def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
 
 def _grouped(op: Attention) -> bool:
     return _equal(op.heads, op.kv_heads) is not True
-
-
-def _is_causal(op: Attention) -> bool:
-    """Whether the mask is the one that `is_causal` means: top-left, with nothing else."""
-    mask = op.mask
-    return mask.kind == "causal" and not mask.position and mask.window is None and amount_of(mask.offset) == 0
-
-
-def amount_of(size: Any) -> Any:
-    return size if isinstance(size, sympy.Basic) else amount(size)
 
 
 def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> Condition:
