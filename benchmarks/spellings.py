@@ -1,8 +1,7 @@
-"""What is found: spellings of the gated MLP and of norm → linear, sites of transformers models, and the time it takes.
+"""What is found: spellings of the gated MLP and of norm → linear, and the time it takes.
 
 python -m benchmarks.spellings                       every spelling × dtype × static and dynamic sizes
 python -m benchmarks.spellings --only RMSNorm        spellings whose name contains a word
-python -m benchmarks.spellings --models              sites found in transformers models, prompt and static-cache decode
 python -m benchmarks.spellings --time 32             seconds of each stage for a Llama of 32 layers, and of Inductor
 
 Nothing here runs a kernel or needs a device: graphs are captured with `explain`, for the machine given.
@@ -14,7 +13,6 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,16 @@ from typing import Any
 import torch
 
 import fusion_compiler as fc
-from fusion_compiler import backend
+from fusion_compiler import backend, registry
 from fusion_compiler.match import find_all
 from fusion_compiler.semantics import SemanticView
 from fusion_compiler.torch_private import inductor
 
 from . import harness
 
-# the spellings and the models are those of the tests
+# the spellings are those of the tests
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PATTERNS = ("attention", "gated_mlp", "norm_linear")
 
 Table = list[dict[str, Any]]
 
@@ -66,34 +63,6 @@ def spellings(machine: str, only: str, tiny: bool) -> Table:
     return rows
 
 
-def models(machine: str, only: str) -> Table:
-    """One row per model and kind of call: sites found by pattern, and the sentences for those that were not."""
-    import model_zoo
-
-    rows: Table = []
-    for name in model_zoo.MODELS:
-        if only not in name:
-            continue
-        for kind in ("prompt", "decode") if name in model_zoo.DECODERS else ("prompt",):
-            torch._dynamo.reset()
-            model, make_inputs = model_zoo.build(name)
-            inputs = make_inputs()
-            if kind == "decode":
-                inputs = {
-                    "past_key_values": model_zoo.static_cache(model, inputs),
-                    "input_ids": torch.ones(2, 1).long(),
-                }
-            with torch.no_grad():
-                report = fc.explain(model, machine=machine, **inputs)
-            found = Counter(d.pattern for d in report.decisions)
-            rows.append(
-                {"model": name, "call": kind}
-                | {p: f"{found[p]}/{n}" for p, n in zip(PATTERNS, model_zoo.present(name, kind), strict=True)}
-                | {"not found": sorted({n.reason for n in report.near_misses}) + [f.error for f in report.failures]}
-            )
-    return rows
-
-
 def stages(layers: int, machine: str) -> Table:
     """Seconds of our stages on the graph of a Llama, narrow but deep, and of Inductor's compilation of it."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,7 +89,7 @@ def stages(layers: int, machine: str) -> Table:
         seconds[name] = time.perf_counter() - start
         return result
 
-    patterns = backend.active_patterns(backend.parse_options({}))
+    patterns = registry.active_patterns((), ())
     for pattern in patterns:
         getattr(pattern, "variants", None)  # traced once per process
     view = timed("raise", lambda: SemanticView(gm))
@@ -144,7 +113,6 @@ def markdown(rows: Table) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", action="store_true")
     parser.add_argument("--time", type=int, metavar="LAYERS")
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--machine", default="h200")
@@ -154,8 +122,6 @@ def main() -> int:
     torch.set_num_threads(1)
     if args.time:
         rows = stages(args.time, args.machine)
-    elif args.models:
-        rows = models(args.machine, args.only)
     else:
         rows = spellings(args.machine, args.only, args.tiny)
     print(markdown(rows))

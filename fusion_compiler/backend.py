@@ -177,7 +177,9 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
     report = dataclasses.replace(
         report,
         decisions=tuple(j.decision for j in judged),
-        near_misses=tuple(NearMiss(n.pattern, n.reason, where(n.node), n.node.name) for n in near_misses),
+        near_misses=tuple(
+            NearMiss(n.pattern, n.reason, where(n.node), n.node.name, where(n.root)) for n in near_misses
+        ),
         notes=(*report.notes, *(tuner.notes if tuner else ())),
     )
     return Planned(report, tuple(judged))

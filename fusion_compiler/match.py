@@ -39,6 +39,7 @@ class NearMiss:
     pattern: str
     node: Node
     reason: str
+    root: Node
 
 
 def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[Match], list[NearMiss]]:

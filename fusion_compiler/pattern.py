@@ -111,9 +111,12 @@ class Pattern:
                     matched.setdefault(value, []).append(found)
                 elif isinstance(found, NearMiss):
                     missed.append((value, found))
-        # what fails one step above a match (the residual added to a linear that matched) is no near miss
-        near_misses = [n for value, n in missed if not any(a in matched for a in value.args)]
-        return [m for found in matched.values() for m in found], near_misses
+        matches = [m for found in matched.values() for m in found]
+        inside = {node for m in matches for node in m.site.interior if node is not m.site.output}
+        # what fails one step above a match (the residual added to a linear that matched) or inside of one (the tanh of
+        # a hand-written gelu) is no near miss, and what matches inside of one is part of it
+        near_misses = [n for value, n in missed if n.root not in inside and not any(a in matched for a in value.args)]
+        return [m for m in matches if m.site.output not in inside], near_misses
 
     def _at(self, binder: Binder, value: Value, output: Any, variants: Sequence[Variant]) -> Match | NearMiss | None:
         shape = output.meta["val"].shape
@@ -132,7 +135,7 @@ class Pattern:
         if closest is None:
             return None
         node = next(iter(binder.view.nodes(closest.found)), output)
-        return NearMiss(self.name, node, closest.reason)
+        return NearMiss(self.name, node, closest.reason, output)
 
     def _matched(
         self, binder: Binder, value: Value, output: Any, variant: Variant, bindings: Bindings
@@ -144,7 +147,7 @@ class Pattern:
         for name, number in bindings.literals.items():
             refusal = literals[name].refusal(name, number)
             if refusal is not None:
-                return NearMiss(self.name, output, refusal)
+                return NearMiss(self.name, output, refusal, output)
         numbers = {name: known.value(bindings.literals.get(name, known.default)) for name, known in literals.items()}
         given = {**variant.fixed, **numbers}
         forms, reasons = self._forms(binder, value, output, bindings, given)
@@ -158,7 +161,7 @@ class Pattern:
             else:
                 reasons.append(refused)
         if not legal:
-            return NearMiss(self.name, output, reasons[0])
+            return NearMiss(self.name, output, reasons[0], output)
         (op, site, prologue), *others = legal
         return Match(self.name, op, site, tuple((op, site) for op, site, _ in others), prologue)
 

@@ -109,12 +109,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """The root of a pattern stood at `where`, but not the rest; `reason` says what broke it, with the cure."""
+    """A pattern's root stood at `root`, but not the rest: `reason` says what broke it at `where`, with the cure."""
 
     pattern: str
     reason: str
     where: str
     node: str = ""
+    root: str = ""
 
 
 @dataclass(frozen=True)

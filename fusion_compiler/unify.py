@@ -179,7 +179,7 @@ class Unifier:
 
     def _fail(self, wanted: Value, found: Value, reason: str = "") -> bool:
         if self.furthest is None or len(self._matched) > self.furthest.depth:
-            reason = reason or f"{describe(wanted)} was expected here, and this is {describe(found)}"
+            reason = reason or _instead(wanted, found)
             self.furthest = Furthest(tuple(self._matched), wanted, found, reason)
         return False
 
@@ -218,9 +218,28 @@ def _reduces(value: Value, steps: int = 5) -> bool:
         return True
     return (
         steps > 0
-        and value.op in ("add", "mul", "pow", "bcast", "cast")
+        and value.op in ("add", "mul", "pow", "bcast", "cast", "slice")
         and any(_reduces(a, steps - 1) for a in value.args)
     )
+
+
+_OWN_WEIGHTS = ("aten.bmm.default", "aten.baddbmm.default", "aten._grouped_mm.default")
+
+
+def _instead(wanted: Value, found: Value) -> str:
+    """What was expected and what stands there, with the cure where one is known."""
+    if wanted.op in _NORMS and found.op == "slice":
+        return (
+            f"a norm was expected here, and this is part of {describe(found.args[0])}; take the part before the norm, "
+            "as in norm(x[:, 0]), and the norm can be folded in"
+        )
+    source = found.args[0] if found.op == "slice" else found
+    if wanted.op == "linear" and source.op == "leaf" and str(source.attr("node").target) in _OWN_WEIGHTS:
+        return (
+            f"a linear was expected here, and this is {describe(source)} with a weight for each batch, as the experts "
+            "of a mixture have; kernels are generated for products with one weight"
+        )
+    return f"{describe(wanted)} was expected here, and this is {describe(found)}"
 
 
 _NAMES = {

@@ -12,8 +12,9 @@ from fusion_compiler.registry import PatternPackage
 
 from .attention import attention
 from .gated_mlp import gated_mlp
+from .linear_act import linear_act
 from .norm_linear import norm_linear
 
-BUILTIN: tuple[AnyPattern, ...] = (gated_mlp, norm_linear, attention)
+BUILTIN: tuple[AnyPattern, ...] = (gated_mlp, linear_act, norm_linear, attention)
 
 sys.modules[__name__].__class__ = PatternPackage

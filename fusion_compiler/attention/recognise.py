@@ -63,7 +63,7 @@ class _Finder:
             if parts is not None:
                 self.matches.append(self._match(parts))
         except NotAttention as why:
-            self.near_misses.append(NearMiss(PATTERN, why.node, why.reason))
+            self.near_misses.append(NearMiss(PATTERN, why.node, why.reason, node))
 
     # ---- the pieces -------------------------------------------------------------------------
     def _parts(self, node: Node) -> Parts | None:
