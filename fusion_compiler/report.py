@@ -253,11 +253,21 @@ def _decision(raw: Mapping[str, Any]) -> Decision:
 
 # ---- where a node comes from --------------------------------------------------------------------
 def where(node: Node) -> str:
-    """The module and the source line that a node comes from: "model.layers.0.mlp (llama.py:175)"."""
-    module, line = _module(node), _source_line(node)
-    if module and line:
-        return f"{module} ({line})"
-    return module or line or node.name
+    """The module and the source line that a node comes from: "model.layers.0.mlp (llama.py:175)".
+
+    Nodes that a pass put into the graph say neither; then it is those of the nearest node that does.
+    """
+    reached, seen = [node], {node}
+    for near in reached:  # grows: breadth first, what reads a node before what it reads
+        module, line = _module(near), _source_line(near)
+        if module and line:
+            return f"{module} ({line})"
+        if module or line:
+            return module or line
+        further = [n for n in dict.fromkeys((*near.users, *near.all_input_nodes)) if n not in seen]
+        reached += further
+        seen.update(further)
+    return node.name
 
 
 def _module(node: Node) -> str:

@@ -2,7 +2,8 @@
 
 axes, arrangements: views as factorised axes, and back · contraction: batched products · scores: what lies between the
 two products · softmax, late_division: the softmax in every spelling · masks: what a mask is proved to be, from
-index_functions · roles: which axis is which · sdpa_calls: attention that the graph already calls by name.
+index_functions and limits · roles: which axis is which · sdpa_calls: attention that the graph already calls by name ·
+refusals: why something is none.
 """
 
 from __future__ import annotations

@@ -25,12 +25,15 @@ from .index_functions import Indexer
 from .late_division import LateDivision, divided_later
 from .limits import Extents
 from .masks import HIDDEN, Proof, Term, prove
-from .roles import Geometry, NotAttention, Parts
+from .refusals import NotAttention, also_read, between_scores_and, changed
+from .roles import Geometry, Parts
 from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
 from .sdpa_calls import Call, call
-from .softmax import Softmax, softmax, uncast
+from .softmax import Softmax, more_than_their_sum, softmax, uncast
 
 PATTERN = "attention"
+aten = torch.ops.aten
+WHOLE_LAYERS = (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default)
 
 
 def find_attention(gm: GraphModule) -> tuple[list[Match], list[NearMiss]]:
@@ -70,15 +73,27 @@ class _Finder:
         operator = call(node)
         if operator is not None:
             return self._of_call(operator)
+        if node.target in WHOLE_LAYERS:
+            raise NotAttention(
+                node,
+                f"{node.name} is a whole fused layer of torch already, attention inside; "
+                "torch.backends.mha.set_fastpath_enabled(False) shows its parts",
+            )
         found, division = softmax(node), None
         if found is None:
             found, division = divided_later(node) or (None, None)
+        if found is None and more_than_their_sum(node) and _products(node)[0]:
+            raise NotAttention(
+                node,
+                f"{node.name} divides exponentials by more than their sum, so this is no softmax; a key and a value of "
+                "zeros (MultiheadAttention's add_zero_attn) give exp / (1 + sum) with one",
+            )
         if found is None or any(_zeroes_hidden_rows(u, node) for u in node.users):
             return None
         products, strangers = _products(node)
         strangers = [s for s in strangers if division is None or s is not division.total]
-        changed = None if products else next((s for s in strangers if _leads_to_product(s)), None)
-        if not products and changed is None:
+        altered = None if products else next((s for s in strangers if _leads_to_product(s)), None)
+        if not products and altered is None:
             return None
         above = scores(found.scores)
         if found.factor != 1.0 and isinstance(above, Scores):
@@ -86,22 +101,11 @@ class _Finder:
         if found.by is not None and isinstance(above, Scores):
             above = scaled_by(above, found.by, node)
         if isinstance(above, Obstacle):
-            raise NotAttention(
-                above.node, f"{above.node.name} stands between the scores and their softmax {node.name}: {above.reason}"
-            )
-        if changed is not None:
-            raise NotAttention(
-                changed,
-                f"{changed.name} changes the probabilities before they meet the values, as dropout does in training; "
-                "model.eval() turns dropout off",
-            )
+            raise NotAttention(*between_scores_and(node, above))
+        if altered is not None:
+            raise NotAttention(altered, changed(altered))
         if len(products) > 1 or strangers:
-            other = (strangers or products[1:])[0]
-            raise NotAttention(
-                node,
-                f"the probabilities {node.name} are also read by {other.name} (returned or saved for a backward pass), "
-                "so they must be written out anyway; output_attentions=False and torch.no_grad() free them",
-            )
+            raise NotAttention(node, also_read(node, strangers, products))
         return self._of_softmax(found, above, products[0], division)
 
     def _of_softmax(self, found: Softmax, above: Scores, product: Node, division: LateDivision | None) -> Parts:
@@ -109,7 +113,11 @@ class _Finder:
         dim = above.view.dims[found.dim % len(above.view.dims)]
         extents = axes.shape_of(first.node)
         if len(dim) != 1 or dim[0].axis is None or not axes.same(dim[0].size, extents[dim[0].axis]):
-            raise NotAttention(found.node, f"the softmax {found.node.name} does not run over one axis of the scores")
+            raise NotAttention(
+                found.node,
+                f"the softmax {found.node.name} does not run over one axis of {first.node.name}, the product that it "
+                "is taken of; that of an attention runs over all keys of a query",
+            )
         keys = dim[0].axis
         sides = (first.left, first.right)
         varying = [s for s in sides if s.dims[keys] is not None]
@@ -173,7 +181,9 @@ class _Finder:
         wide = next((t[-1] for t in trails if not axes.widens(t[-1].source.meta["val"].dtype, dtype)), None)
         if wide is not None:
             raise NotAttention(
-                wide.source, f"{wide.source.name} is {wide.source.meta['val'].dtype}, wider than the values in {dtype}"
+                wide.source,
+                f"{wide.source.name} is {wide.source.meta['val'].dtype}, wider than the values in {dtype}; "
+                "cast them alike",
             )
         chosen = [self._operand(geometry, side, views, dtype) for side, views in zip("qkv", readable, strict=True)]
         (q, q_layout, q_scale), (k, k_layout, k_scale), (v, v_layout, _) = chosen
@@ -185,11 +195,13 @@ class _Finder:
             layouts.append(mask_operand[1])
         operands += [n for n in (proof.position, proof.lengths) if n is not None]
         if len(parts.factors) > 1:
-            raise NotAttention(parts.root, "the scores are scaled by several tensors")
+            raise NotAttention(parts.root, "the scores are scaled by several tensors; multiply those first")
         operands += [f.node for f in parts.factors]
         shape = q_layout.shape
         if not isinstance(shape[3], int) or not isinstance(v_layout.shape[3], int):
-            raise NotAttention(parts.root, "the head dimension is symbolic")
+            raise NotAttention(
+                parts.root, "the head dimension is symbolic; torch._dynamo.mark_static keeps it a number"
+            )
         op = Attention(
             batch=shape[0], heads=shape[1], kv_heads=k_layout.shape[1], q_len=shape[2], kv_len=k_layout.shape[2],
             head_dim=shape[3], v_dim=v_layout.shape[3], scale=parts.scale * q_scale * k_scale, mask=proof.mask,
@@ -319,7 +331,7 @@ class _Finder:
 
 def _zeroes_hidden_rows(user: Node, probabilities: Node) -> bool:
     """Whether `user` is the same softmax again, with zeros in rows that see nothing."""
-    if user.target is not torch.ops.aten.where.self or uncast(cast(Node, user.args[2])) is not probabilities:
+    if user.target is not aten.where.self or uncast(cast(Node, user.args[2])) is not probabilities:
         return False
     return softmax(user) is not None
 
@@ -329,7 +341,7 @@ def _leads_to_product(node: Node) -> bool:
     reached = [node]
     for _ in range(4):
         reached = [u for n in reached for u in n.users if u.op == "call_function"]
-        if any(contraction(u) is not None and u.target is not torch.ops.aten.sum.dim_IntList for u in reached):
+        if any(contraction(u) is not None and u.target is not aten.sum.dim_IntList for u in reached):
             return True
     return False
 
@@ -362,7 +374,7 @@ def _products(node: Node) -> tuple[list[Node], list[Node]]:
             products.append(user)
         elif axes.step(user) is not None or user.target in axes.CASTS or user.target in PADDING:
             stack.extend(user.users)
-        elif user.target is torch.ops.aten.mul.Tensor and any(contraction(u) is not None for u in user.users):
+        elif user.target is aten.mul.Tensor and any(contraction(u) is not None for u in user.users):
             products += [u for u in user.users if contraction(u) is not None]
         else:
             strangers.append(user)

@@ -12,7 +12,7 @@ From that follows how q, k, v, a mask and the result are arranged as [batch, hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import sympy
@@ -24,16 +24,9 @@ from .axes import Atom, View
 from .contraction import Operand
 from .index_functions import Index
 from .limits import Extents
+from .refusals import NotAttention
 from .scores import MaskSite
 from .softmax import Scale
-
-
-class NotAttention(Exception):
-    """The node at which a structure stopped being attention, and why."""
-
-    def __init__(self, node: Node, reason: str) -> None:
-        super().__init__(reason)
-        self.node, self.reason = node, reason
 
 
 @dataclass(frozen=True)
@@ -157,6 +150,19 @@ class Geometry:
         below = View(view.source, tuple(map(tuple, dims)), view.dtype)
         found = view.through(below)
         return found.dims if found is not None else None
+
+    def masked_rows(self) -> list[set[int]]:
+        """For each mask the rows along which it varies, as far as views tell."""
+        found: list[set[int]] = []
+        for site in self.parts.masks:
+            dims, view = self.by_row(site.scores), axes.trail(site.node, exact=False)[-1]
+            rows: set[int] = set()
+            for dim, own in zip((dims or ())[-len(view.dims) :], view.dims, strict=False):
+                aligned = axes.align([dim, own]) if own else []
+                varies = [(a, None) for a in dim] if aligned is None else [(r, a) for r, a in aligned]
+                rows |= {cast(int, r.axis) for r, a in varies if a is None or not a.repeated}
+            found.append(rows)
+        return found
 
     def _heads(self) -> tuple[int, ...]:
         return self.kv_heads + self.groups
@@ -283,9 +289,12 @@ def _classified(parts: Parts, rows: Sequence[Row], kv_len: sympy.Expr, width: sy
     shared = [i for i, r in enumerate(rows) if r.shared]
     # heads of a group are part of the same axis of q as the key/value heads, wherever they were moved
     on_head_axis = [i for i in shared if own and rows[i].q.axis == rows[own[-1]].q.axis]
-    lone_batch = len(own) == 1 and not on_head_axis and any(rows[i].axis != parts.query_axis for i in shared)
-    batch, heads = (own, []) if lone_batch else (own[:-1], own[-1:])
-    on_queries = [i for i in shared if rows[i].axis == parts.query_axis and not (heads and i in on_head_axis)]
-    queries = tuple(on_queries[-1:])
+    queries = [i for i in shared if rows[i].axis == parts.query_axis and i not in on_head_axis]
+    unsorted = Geometry(parts, tuple(rows), (), (), (), (), kv_len, width)
+    if parts.masks:  # a mask tells queries from the heads of a group, which it is the same for
+        masked = [[i for i in queries if i in varying] for varying in unsorted.masked_rows()]
+        queries = min((m for m in masked if m), key=len, default=queries)[-1:]
     groups = tuple(i for i in shared if i not in queries)
-    return Geometry(parts, tuple(rows), tuple(batch), tuple(heads), groups, queries, kv_len, width)
+    lone_batch = len(own) == 1 and bool(groups) and not on_head_axis
+    batch, heads = (own, []) if lone_batch else (own[:-1], own[-1:])
+    return replace(unsorted, batch=tuple(batch), kv_heads=tuple(heads), groups=groups, queries=tuple(queries))

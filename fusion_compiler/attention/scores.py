@@ -81,7 +81,9 @@ def scores(node: Node) -> Scores | Obstacle:
         inner = scores(cast(Node, node.args[0]))
         if isinstance(inner, Obstacle) or (inner.softcap is None and not inner.masks):
             return inner if isinstance(inner, Obstacle) else replace(inner, softcap=1.0)
-        return Obstacle(node, "tanh is taken of scores that are already masked or capped")
+        return Obstacle(
+            node, "tanh is taken of scores that are already masked or capped; a cap belongs before the mask"
+        )
     if target in (aten.add.Tensor, aten.sub.Tensor) and len(node.args) == 2 and not node.kwargs:
         return _sum(node)
     if target is aten.where.self:
@@ -97,13 +99,35 @@ def scores(node: Node) -> Scores | Obstacle:
         floor = axes.scalar_of(node.args[1])
         if floor is not None and floor <= HIDDEN and len(node.args) == 2:
             return scores(cast(Node, node.args[0]))
-    return Obstacle(node, f"it is neither a scale, a mask, a view nor a product of queries and keys ({target})")
+    if target is aten.cat.default:
+        return Obstacle(
+            node,
+            "it puts further columns beside the scores (attention sinks), which no fused kernel does; attention "
+            "without them times sigmoid(logsumexp of its scores − sink) is the same",
+        )
+    cure = "; flex_attention's score_mod takes any function of a score" if _is_pointwise(node) else ""
+    return Obstacle(node, f"it is neither a scale, a mask, a view nor a product of queries and keys ({target}){cure}")
+
+
+def _is_pointwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def scaled_by(inner: Scores, factor: Scale, node: Node) -> Scores | Obstacle:
     """The scores times a tensor of one element, at `node`."""
+    if not axes.same(axes.product(axes.shape_of(factor.node)), axes.ONE):
+        shape = "×".join(map(str, axes.shape_of(factor.node)))
+        return Obstacle(
+            node,
+            f"scores are scaled by {factor.node.name}, a tensor of {shape}; where it is the same for all keys, the "
+            "queries can be scaled by it before the product",
+        )
     if inner.masks or inner.softcap is not None:
-        return Obstacle(node, f"masked or capped scores are scaled by {factor.node.name}, whose sign is unknown")
+        return Obstacle(
+            node,
+            f"masked or capped scores are scaled by {factor.node.name}, whose sign is unknown; a scale belongs before "
+            "the mask and the cap",
+        )
     return replace(inner, factors=(*inner.factors, factor))
 
 
@@ -115,7 +139,7 @@ def _scaled(node: Node, x: Node, factor: float) -> Scores | Obstacle:
 def scaled(inner: Scores, factor: float, node: Node) -> Scores | Obstacle:
     """The scores times a number, at `node`."""
     if inner.softcap is not None and inner.masks:
-        return Obstacle(node, "capped and masked scores are scaled again")
+        return Obstacle(node, "capped and masked scores are scaled again; a scale belongs before the cap")
     if inner.masks and factor < 0:
         return Obstacle(node, "masked scores are negated")
     masks = tuple(replace(m, factor=m.factor * factor, fill=m.fill * factor) for m in inner.masks)
@@ -141,12 +165,14 @@ def _sum(node: Node) -> Scores | Obstacle:
             return _masked(inner, MaskSite(other, inner.view, factor=-1.0 if subtracts else 1.0), node)
         else:
             return inner  # the same number added to every score changes no softmax
-    return first or Obstacle(node, "the mask has more elements than the scores")
+    return first or Obstacle(
+        node, "the mask has more elements than the scores, which it repeats; so must the queries be"
+    )
 
 
 def _filled(node: Node, x: Node, condition: Node, keeps: bool, fill: float) -> Scores | Obstacle:
     if not axes.same_shape(axes.shape_of(x), axes.shape_of(node)):
-        return Obstacle(node, "the mask has more elements than the scores")
+        return Obstacle(node, "the mask has more elements than the scores, which it repeats; so must the queries be")
     inner = scores(x)
     if isinstance(inner, Obstacle):
         return inner
@@ -155,5 +181,5 @@ def _filled(node: Node, x: Node, condition: Node, keeps: bool, fill: float) -> S
 
 def _masked(inner: Scores, mask: MaskSite, node: Node) -> Scores | Obstacle:
     if len(axes.shape_of(mask.node)) > len(axes.shape_of(node)):
-        return Obstacle(node, "the mask has more dimensions than the scores")
+        return Obstacle(node, "the mask has more dimensions than the scores; squeeze those of size 1")
     return replace(inner, masks=(*inner.masks, mask))

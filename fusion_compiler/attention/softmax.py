@@ -89,6 +89,18 @@ def fraction(node: Node) -> tuple[Node, Node] | None:
     return None
 
 
+def more_than_their_sum(node: Node) -> bool:
+    """Whether the node divides exponentials by their sum plus something, such as 1."""
+    parts = fraction(node)
+    if parts is None or (top := uncast(parts[0])).target is not aten.exp.default:
+        return False
+    bottom = _reduced(parts[1])
+    if bottom.target not in (aten.add.Tensor, aten.add.Scalar):
+        return False
+    sums = [sum_of(a) for a in bottom.args if isinstance(a, Node)]
+    return any(s is not None and uncast(cast(Node, s.args[0])) is top for s in sums)
+
+
 def sum_of(node: Node) -> Node | None:
     """The sum over one dimension that the node is a view of."""
     below = _reduced(node)
@@ -200,7 +212,7 @@ def _is_sign(sign: Node, tensor: Node) -> bool:
 
 
 def scale_tensor(node: Node) -> tuple[Node, Scale] | None:
-    """(x, t) where the node is x · t or x / t for a tensor t that broadcasts to x and no number."""
+    """(x, t) where the node is x · t or x / t for a tensor t that broadcasts to x."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or len(node.args) != 2:
         return None
     if not all(isinstance(a, Node) for a in node.args):
@@ -208,7 +220,7 @@ def scale_tensor(node: Node) -> tuple[Node, Scale] | None:
     a, b = cast("tuple[Node, Node]", node.args)
     divides, shape = node.target is aten.div.Tensor, axes.shape_of(node)
     for x, t in ((a, b),) if divides else ((a, b), (b, a)):
-        if axes.same_shape(axes.shape_of(x), shape) and axes.same(axes.product(axes.shape_of(t)), axes.ONE):
+        if axes.same_shape(axes.shape_of(x), shape):
             return x, Scale(t, divides)
     return None
 
