@@ -90,6 +90,9 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
         families.append(Family(replace(op, norm=norm), site_of(view, output, (*head, *tail)), prologue))
     rows = next(n for n in view.nodes(x_value) if n.meta["val"].dtype == dtype)
     families.append(Family(op, site_of(view, output, (rows, *tail))))
+    far = next((n for f in families for n in f.site.operands if _reaches_far(n)), None)
+    if far is not None:
+        return f"{far.name} reaches over 2³¹ elements of memory, and kernels count in 32 bits; make it contiguous"
     return families
 
 
@@ -117,6 +120,14 @@ def is_piece(view: SemanticView, root: Value) -> bool:
 
 def _is_part(product: Product) -> bool:
     return product.features != (0, extent(product.weight.meta["val"].shape[-1]))
+
+
+def _reaches_far(matrix: Node) -> bool:
+    """Whether the strides, not the elements themselves, bring a tensor's offsets beyond 32 bits."""
+    value = matrix.meta["val"]
+    sizes, strides = (tuple(map(extent, part)) for part in (value.shape, value.stride()))
+    offsets = [(n - 1) * s for n, s in zip(sizes, strides, strict=True) if isinstance(n, int) and isinstance(s, int)]
+    return not value.is_contiguous() and sum(offsets) >= 2**31
 
 
 def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] | str:

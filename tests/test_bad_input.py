@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import fusion_compiler as fc
 from fusion_compiler.backend import fusion_compiler
+from fusion_compiler.machine import TABLE
 from fusion_compiler.report import Report
 
 K, N = 512, 384
@@ -186,3 +188,70 @@ def test_kernels_for_a_machine_that_the_graph_does_not_run_on() -> None:
     result, report = run(gated_mlp, x, gate, up, remainder="inductor", strict=False)
     no_worse_than_eager(result, gated_mlp, x, gate, up)
     assert not report.fused and "the decisions are for h200, but the graph runs on cpu" in report.failures[0].error
+
+
+# ---- shapes and sizes that only look like others ------------------------------------------------
+def always(**options: Any) -> dict[str, Any]:
+    """Options for an H200 whose launches are so dear that whatever can be fused is."""
+    return {"machine": dataclasses.replace(TABLE["h200"], launch_overhead=1e-3), **options}
+
+
+def test_two_dynamic_sizes_whose_product_outgrows_the_kernel() -> None:
+    """The verdict is solved in one size; the kernel holds so many rows, whatever sizes they come from."""
+    gate, up = (w.float() for w in weights())
+    compiled = torch.compile(
+        lambda x: gated_mlp(x, gate, up),
+        backend=fusion_compiler,
+        dynamic=True,
+        options=always(remainder="eager", strict=True),
+    )
+    for shape in ((2, 3), (4, 5), (8, 8), (40, 2)):
+        x = torch.randn(*shape, K)
+        torch.testing.assert_close(compiled(x), gated_mlp(x, gate, up), rtol=1e-4, atol=1e-4)
+
+
+def test_one_output_feature() -> None:
+    x, (gate, up) = torch.randn(2, K, dtype=torch.float16), weights(n=1)
+    result, report = run(gated_mlp, x, gate, up, **always())
+    no_worse_than_eager(result, gated_mlp, x, gate, up)
+    assert report.fused
+
+
+def test_weights_whose_rows_lie_differently_far_apart() -> None:
+    x, (gate, up) = torch.randn(2, K, dtype=torch.float16), weights()
+    result, report = run(gated_mlp, x, gate[:1].expand(N, K), up, **always())
+    no_worse_than_eager(result, gated_mlp, x, gate[:1].expand(N, K), up)
+    assert not report.fused and f"lie 0 and {K} elements apart" in sentences(report)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_strides_that_32_bits_do_not_hold(which: int) -> None:
+    """Memory is reserved for 4 GB and touched in few places."""
+    x, (gate, up) = torch.randn(3, K, dtype=torch.float16), weights(n=17)
+    given = [x, gate, up]
+    rows, step = (len(given[which]), 2**30 if which == 0 else 2**27)
+    far = torch.empty((rows - 1) * step + K, dtype=torch.float16).as_strided((rows, K), (step, 1))
+    given[which] = far.copy_(given[which])
+    result, report = run(gated_mlp, *given, **always())
+    torch.testing.assert_close(result, gated_mlp(*given), rtol=1e-2, atol=1e-2)
+    assert not report.fused and "reaches over 2³¹ elements" in sentences(report)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_a_number_spreads_as_in_eager(poison: float) -> None:
+    x, (gate, up) = torch.randn(3, K, dtype=torch.float16), weights()
+    x[1, 5], up[3, 4] = poison, poison
+    result, report = run(gated_mlp, x, gate, up, **always())
+    expected = gated_mlp(x, gate, up)
+    assert report.fused and torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.isinf(), expected.isinf())
+
+
+def test_one_function_with_two_sets_of_options() -> None:
+    x, (gate, up) = torch.randn(2, K, dtype=torch.float16), weights()
+    verdicts = []
+    for options in (always(), always(disable="all"), always()):
+        result, report = run(gated_mlp, x, gate, up, **options)
+        no_worse_than_eager(result, gated_mlp, x, gate, up)
+        verdicts.append(len(report.fused))
+    assert verdicts[:2] == [1, 0]

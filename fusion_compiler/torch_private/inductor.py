@@ -16,6 +16,7 @@ import torch._functorch.config
 from torch.fx import GraphModule
 
 from .. import decompositions
+from .attention_rewrite import CheckAttention, checked
 from .float_inputs import specialize_module_floats
 
 InnerCompile = Callable[..., Any]
@@ -25,16 +26,18 @@ def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], inner_compile: InnerCompile, patches: Mapping[str, Any]
 ) -> Any:
     """Compiles a Dynamo graph as Inductor does, with `inner_compile` as the step that compiles ATen graphs."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     specialize_module_floats(gm)
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    passes = CheckAttention(patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass))
+    with torch._functorch.config.patch(enable_autograd_cache=False), checked():
         # compile_fx puts the patches around inner_compile too, so they hold when the backward is compiled
         return compile_fx(
             gm,
             example_inputs,
             inner_compile=inner_compile,
-            config_patches=dict(patches),
+            config_patches={**patches, "joint_custom_pre_pass": passes},
             decompositions=decompositions.table(),
         )
 
