@@ -130,10 +130,6 @@ class Judged:
     def kept(self, reason: str) -> Judged:
         return dataclasses.replace(self, decision=_kept(self.decision, reason), candidate=None)
 
-    def note_error(self, error: float) -> None:
-        """Takes a measurement that comes long after the report was handed out, which is why it is written in place."""
-        object.__setattr__(self.decision, "error", max(error, self.decision.error or 0.0))
-
 
 def _kept(decision: Decision, reason: str) -> Decision:
     return dataclasses.replace(decision, verdict="kept", reason=reason, after=None, kernel="", source="")
@@ -307,7 +303,8 @@ def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> N
         builder = splice.Builder(gm, site.output)
         new = layout.fit(builder, site, j.candidate.emit(builder, site))
         if options.verify:
-            new = verify.compare(gm, site.output, new, j.note_error, strict=options.strict, name=j.decision.where)
+            noted = j.decision.verification.note
+            new = verify.compare(gm, site.output, new, noted, strict=options.strict, name=j.decision.where)
         moved[site.output] = splice.replace(site, new)
     splice.clean(gm)
 

@@ -142,7 +142,7 @@ def _is_random(node: Node) -> bool:
         return True
     position = names.index("dropout_p")
     given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-    return given != 0.0
+    return not (isinstance(given, (int, float)) and given == 0)
 
 
 def _storage(node: Node) -> int | None:

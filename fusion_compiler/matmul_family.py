@@ -47,6 +47,9 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     products = [view.products(v)[0] for v in linears]
     x_node = products[0].x
     dtype = x_node.meta["val"].dtype
+    other = next((p.x.meta["val"].dtype for p in products if p.x.meta["val"].dtype != dtype), None)
+    if other is not None:
+        return f"one of its linears computes in {dtype} and another in {other}; cast the model as a whole"
     *leading, k = x_node.meta["val"].shape
     m = math.prod(leading)
     first, end = products[0].features

@@ -77,13 +77,26 @@ class Range:
         return f"{self.lo} ≤ {self.symbol}{upper}: {self.verdict} ({self.candidate})"
 
 
+@dataclass
+class Verification:
+    """What a fused region and its original, run side by side, have shown so far. It grows while a report is read.
+
+    error: the largest absolute difference divided by the largest absolute value, the worst of all calls.
+    """
+
+    error: float | None = None
+
+    def note(self, error: float) -> None:
+        """Takes the error of one more call."""
+        self.error = max(error, self.error or 0.0)
+
+
 @dataclass(frozen=True)
 class Decision:
     """One match and what became of it.
 
     `before` is what Inductor is predicted to make of these nodes, `after` the same with the chosen kernel (None where
-    kept). `error` is set by verification: the largest absolute difference from what the nodes computed before, divided
-    by the largest absolute value.
+    kept).
     """
 
     pattern: str
@@ -96,7 +109,7 @@ class Decision:
     kernel: str = ""
     source: str = ""  # generated source, or the vendor call
     ranges: tuple[Range, ...] = ()
-    error: float | None = None
+    verification: Verification = field(default_factory=Verification, hash=False)
     node: str = ""  # the node whose value is computed
     nodes: tuple[str, ...] = ()  # all that would be replaced, this one included
     details: tuple[tuple[str, Any], ...] = ()
@@ -105,6 +118,11 @@ class Decision:
     def saving(self) -> float:
         """Predicted seconds saved."""
         return self.before.seconds - self.after.seconds if self.after is not None else 0.0
+
+    @property
+    def error(self) -> float | None:
+        """What verification has found so far; None where nothing was verified."""
+        return self.verification.error
 
 
 @dataclass(frozen=True)
@@ -185,6 +203,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts and lists of JSON types; totals are added for readers."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        for decision in plain["decisions"]:
+            decision["error"] = decision.pop("verification")["error"]
         return plain | {"total": {"fused": len(self.fused), "kept": len(self.kept), "saving_seconds": self.saving}}
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -235,9 +255,11 @@ def _pairs(raw: Iterable[Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def _decision(raw: Mapping[str, Any]) -> Decision:
+    known = {name: value for name, value in raw.items() if name != "error"}
     return Decision(
         **{
-            **raw,
+            **known,
+            "verification": Verification(raw["error"]),
             "before": Work(**raw["before"]),
             "after": Work(**raw["after"]) if raw["after"] else None,
             "candidates": tuple(

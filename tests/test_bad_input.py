@@ -224,16 +224,26 @@ def test_weights_whose_rows_lie_differently_far_apart() -> None:
     assert not report.fused and f"lie 0 and {K} elements apart" in sentences(report)
 
 
+def test_linears_of_different_dtypes() -> None:
+    def fn(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.silu(F.linear(x, gate)) * F.linear(x.float(), up)
+
+    x, (gate, up) = torch.randn(2, K, dtype=torch.float16), weights()
+    result, report = run(fn, x, gate, up.float(), **always())
+    torch.testing.assert_close(result, fn(x, gate, up.float()))
+    assert not report.fused and "cast the model as a whole" in sentences(report)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_strides_that_32_bits_do_not_hold(which: int) -> None:
     """Memory is reserved for 4 GB and touched in few places."""
-    x, (gate, up) = torch.randn(3, K, dtype=torch.float16), weights(n=17)
-    given = [x, gate, up]
+    given = [torch.randn(3, K, dtype=torch.float16), weights(n=17)[0]]
     rows, step = (len(given[which]), 2**30 if which == 0 else 2**27)
     far = torch.empty((rows - 1) * step + K, dtype=torch.float16).as_strided((rows, K), (step, 1))
     given[which] = far.copy_(given[which])
-    result, report = run(gated_mlp, *given, **always())
-    torch.testing.assert_close(result, gated_mlp(*given), rtol=1e-2, atol=1e-2)
+    x, gate = given
+    result, report = run(gated_mlp, x, gate, gate, **always())
+    torch.testing.assert_close(result, gated_mlp(x, gate, gate), rtol=1e-2, atol=1e-2)
     assert not report.fused and "reaches over 2³¹ elements" in sentences(report)
 
 

@@ -15,7 +15,7 @@ from small_graphs import calls, gated_mlp, traced
 from fusion_compiler import report as reporting
 from fusion_compiler.candidates import Traffic
 from fusion_compiler.cli import main
-from fusion_compiler.report import Decision, Failure, NearMiss, Option, Range, Report, Work, where
+from fusion_compiler.report import Decision, Failure, NearMiss, Option, Range, Report, Verification, Work, where
 from fusion_compiler.report_text import WIDTH, duration, size
 
 VERSIONS = {"python": "3.12", "torch": "2.11"}
@@ -37,7 +37,7 @@ def decision(layer: int = 0, **changes: object) -> Decision:
         kernel="triton gemv",
         source="@triton.jit",
         ranges=(Range("s0", 1, 64, "fused", "gemv", "fast"), Range("s0", 65, None, "kept", "inductor", "slow")),
-        error=1.5e-3,
+        verification=Verification(1.5e-3),
         node=f"mul_{layer}",
         nodes=(f"mm_{layer}", f"mul_{layer}"),
         details=(("block", 16),),
@@ -52,7 +52,7 @@ def report(*decisions: Decision, **more: object) -> Report:
 # ---- as data ------------------------------------------------------------------------------------
 def test_json_round_trips() -> None:
     whole = report(
-        decision(0), decision(1, verdict="kept", after=None, ranges=(), error=None),
+        decision(0), decision(1, verdict="kept", after=None, ranges=(), verification=Verification()),
         near_misses=(NearMiss("attention", "the mask is shifted; use is_causal", "attn", "bmm"),),
         failures=(Failure("match", "KeyError: 'x'"),), notes=("it trains",),
     )  # fmt: skip
@@ -113,7 +113,13 @@ def test_text_fits_its_width_and_says_what_matters() -> None:
     miss = NearMiss(
         "attention", "the mask is shifted by 1; use is_causal or a top-left causal mask " * 2, "attn", "bmm"
     )
-    text = str(report(decision(error=2e-3), near_misses=(miss,), failures=(Failure("match", "KeyError: 'x'"),)))
+    text = str(
+        report(
+            decision(verification=Verification(2e-3)),
+            near_misses=(miss,),
+            failures=(Failure("match", "KeyError: 'x'"),),
+        )
+    )
     assert max(map(len, text.splitlines())) <= WIDTH == 100
     for part in (
         "fusion_compiler for h200", "torch 2.11", "24.0 µs → 18.0 µs", "68.0 MB → 67.0 MB", "4 → 1 kernel",

@@ -288,7 +288,7 @@ FORMULAS: dict[Any, Callable[..., float]] = {
 
 
 def scaling(node: Node) -> tuple[Node, float] | None:
-    """(x, c) where the node is x · c or x / c for a number c."""
+    """(x, c) where the node is x · c or x / c for a number c that is neither 0 nor infinite."""
     if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) or len(node.args) != 2:
         return None
     a, b = node.args
@@ -296,9 +296,10 @@ def scaling(node: Node) -> tuple[Node, float] | None:
     if not isinstance(a, Node) or (scalar_of(b) is None and not divides):
         a, b = b, a
     c = scalar_of(b)
-    if not isinstance(a, Node) or c is None or c == 0.0 or not same_shape(shape_of(a), shape_of(node)):
+    if not isinstance(a, Node) or not c or not same_shape(shape_of(a), shape_of(node)):
         return None
-    return a, 1.0 / c if divides else c
+    factor = 1.0 / c if divides else c
+    return (a, factor) if math.isfinite(factor) else None
 
 
 def widens(narrow: torch.dtype, wide: torch.dtype) -> bool:

@@ -101,12 +101,13 @@ def constant(value: Any) -> Term:
 
 def leaves(term: Term) -> Iterable[tuple[Boolean, sympy.Expr]]:
     """The numbers a term may be, each with its condition."""
+    term = number(term)
     if isinstance(term, Choice):
         for branch, condition in ((term.yes, term.condition), (term.no, sympy.Not(term.condition))):
             for inner, value in leaves(branch):
                 yield sympy.And(condition, inner), value
     else:
-        yield sympy.true, number(term)
+        yield sympy.true, term
 
 
 ARITHMETIC: dict[Any, Callable[..., Any]] = {

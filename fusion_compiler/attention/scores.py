@@ -5,6 +5,7 @@ scores = softcap( scale · (contraction) ) with masks added to it or filled in, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -163,8 +164,10 @@ def _sum(node: Node) -> Scores | Obstacle:
             first = first or inner
         elif isinstance(other, Node):
             return _masked(inner, MaskSite(other, inner.view, factor=-1.0 if subtracts else 1.0), node)
-        else:
+        elif isinstance(other, (int, float)) and math.isfinite(other):
             return inner  # the same number added to every score changes no softmax
+        else:
+            first = Obstacle(node, f"{other} is added to every score")
     return first or Obstacle(
         node, "the mask has more elements than the scores, which it repeats; so must the queries be"
     )

@@ -30,7 +30,8 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     specialize_module_floats(gm)
-    passes = CheckAttention(patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass))
+    with config.patch(dict(patches)):
+        passes, decomposed = CheckAttention(config.joint_custom_pre_pass), decompositions.table()
     with torch._functorch.config.patch(enable_autograd_cache=False), checked():
         # compile_fx puts the patches around inner_compile too, so they hold when the backward is compiled
         return compile_fx(
@@ -38,7 +39,7 @@ def compile_graph(
             example_inputs,
             inner_compile=inner_compile,
             config_patches={**patches, "joint_custom_pre_pass": passes},
-            decompositions=decompositions.table(),
+            decompositions=decomposed,
         )
 
 
