@@ -16,6 +16,7 @@ MAX_LINES = 400
 # Longer than MAX_LINES, and why that is better than splitting.
 LONG: dict[str, str] = {
     "tests/test_attention.py": "every spelling, grouping, mask and refusal of one pattern",
+    "tests/attention_in_the_wild.py": "a list: one short function for each way of writing attention",
 }
 # The only modules of the core that know which patterns and lowerings exist.
 WIRING = {f"fusion_compiler.{m}" for m in ("backend", "capture", "cli", "registry")}

@@ -210,7 +210,7 @@ COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.defa
 RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.squeeze.dim,
                       aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default})  # fmt: skip
 SWAPS = frozenset({aten.permute.default, aten.transpose.int, aten.t.default})
-REPEATS = frozenset({aten.expand.default, aten.repeat.default})
+REPEATS = frozenset({aten.expand.default, aten.repeat.default, aten.cat.default})
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 VIEWS = RESHAPES | SWAPS | COPIES | {aten.expand.default}
 
@@ -224,6 +224,8 @@ def is_size_preserving_view(node: Node) -> bool:
 
 def step(node: Node) -> View | None:
     """The node as a view of its first input; None where it is no view."""
+    if node.target is aten.cat.default:
+        return _copies_of_one(node)
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
     if not isinstance(node.args[0].meta.get("val"), torch.Tensor):
@@ -252,6 +254,17 @@ def step(node: Node) -> View | None:
     if target is aten.slice.Tensor and same_shape(shape_of(node), shape_of(node.args[0])):
         return below
     return None
+
+
+def _copies_of_one(node: Node) -> View | None:
+    """A concatenation of one tensor with itself as a view of it."""
+    parts = cast(Sequence[Node], node.args[0])
+    if len(set(parts)) != 1:
+        return None
+    below, dim = View.of(parts[0]), int(cast(int, node.args[1] if len(node.args) > 1 else 0))
+    dims = list(below.dims)
+    dims[dim] = (repeat(sympy.Integer(len(parts))), *dims[dim])
+    return below.with_dims(dims)
 
 
 def scalar_of(argument: Any) -> float | None:
