@@ -33,7 +33,8 @@ from fusion_compiler.fused import MatmulFamily, RowNorm
 from fusion_compiler.lowering.triton_codegen import predict
 from fusion_compiler.lowering.triton_codegen.aot import compile_kernel, constexprs, resources
 from fusion_compiler.lowering.triton_codegen.plans import Plan
-from fusion_compiler.lowering.triton_codegen.source import KernelSource, facts, write
+from fusion_compiler.lowering.triton_codegen.source import facts, write
+from fusion_compiler.lowering.triton_codegen.writer import KernelSource
 from fusion_compiler.machine import TABLE
 from fusion_compiler.splice import load_kernel
 

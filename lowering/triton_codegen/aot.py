@@ -13,7 +13,7 @@ import torch
 
 from ...fused import MatmulFamily
 from .plans import Plan
-from .source import KernelSource
+from .writer import KernelSource
 
 _TRITON_TYPE = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",

@@ -6,7 +6,8 @@ columns of the output, and walks along K.
 gemv: float32 multiply-adds on the ordinary units; `rows` rows of x are unrolled. Each thread keeps a partial sum for
       every `lanes` neighbouring elements of K, and the sums meet once, after the loop.
 swap: `tl.dot` with the weight tile as the M operand of the matrix unit ("swap-AB"), because the rows of x are too few
-      to fill it; x, padded to `rows`, is the N operand.
+      to fill it; x, padded to `rows`, is the N operand. Narrow tiles run on mma, with both operands in registers,
+      where Σ x² as a product of its own (`gram`) is nearly free; wide ones on wgmma, where the machine has it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ class Plan:
     num_stages: int = 1
     lanes: int = 1  # gemv: neighbouring elements of K summed inside a thread at every step
     gram: bool = False  # swap: an RMSNorm's Σ x² is the diagonal of x·xᵀ, taken from the matrix unit
+
+    @property
+    def wide(self) -> bool:
+        """Whether a tile fills wgmma, which multiplies 64 rows of weights by four warps."""
+        return self.block_n >= 64
 
     @property
     def label(self) -> str:

@@ -1,7 +1,7 @@
 """Predicted time of a plan, and the plans worth predicting.
 
 seconds = start + ‖(memory, chain, work)‖₄ + launch overhead
-memory  = bytes / bandwidth
+memory  = bytes / bandwidth, more where a tile's rows are short
 chain   = rounds of blocks · steps · latency of a step: a block waits for its own tile, computes, asks for the next;
           blocks that share an SM hide each other's waiting, pipeline stages hide the memory's latency
 work    = what one SM has to issue for all of its blocks: handling of x (again in every block) and the products
@@ -27,16 +27,14 @@ import torch
 from ...fused import MatmulFamily
 from ...machine import Machine
 from .plans import Plan
-from .source import norm_mode, statistics_block
+from .writer import norm_mode, statistics_block
 
 REGISTERS_PER_SM = 65536
 REGISTERS_PER_THREAD = 255
 WARPS_PER_SM = 64
 BLOCKS_PER_SM = 32
 SMALL_SHARED_MEMORY = 100 * 1024  # below, two pipeline stages are worth a thought
-# (block_k, warps) that suit wgmma by rows of x: measured, since how the tile of x passes from shared memory through
-# registers and back decides between these and others up to 1.8 times slower.
-ACTIVATION_TILES = {16: ((64, 4), (128, 8), (256, 4)), 32: ((64, 8),), 64: ((64, 4), (128, 8))}
+SHORT_ROW = 256  # bytes of one row of a weight that a step reads at once
 GEMV_ROWS = 4  # more rows need more registers than a thread has
 
 
@@ -45,7 +43,8 @@ class KindConstants:
     """Seconds. `start`: before the first and after the last step, with `row` for each row of x after the first; `step`:
     least latency of a step, to which `latency` of memory, `byte_per_thread` of a weight tile and `multiply_add` per
     thread add; `x_element`, per element of x per block, and `product`, per multiply-add, occupy the SM;
-    `statistics` is a step of the pass that computes mean and rstd first."""
+    `statistics` is a step of the pass that computes mean and rstd first. `short` is the fraction of the memory's time
+    that rows of less than SHORT_ROW bytes cost on top."""
 
     start: float
     row: float
@@ -56,6 +55,7 @@ class KindConstants:
     x_element: float
     product: float
     statistics: float
+    short: float
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,17 @@ def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]
             yield from (Plan("swap", padded, block_n, 32, 4, stages) for block_n in (16, 32, 64) for stages in (3, 4))
         return
     longest = max(64, power_of_two(int(op.k)))
-    blocks = itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (2, 3, 4))
+    blocks = itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (2, 3, 4, 6))
     for block_n, block_k, warps, stages in blocks:
         if block_k > longest or (stages == 2 and machine.shared_memory > SMALL_SHARED_MEMORY):
             continue
-        # Few rows, one row of warps: mma with both operands in registers, where the Gram diagonal is nearly free.
-        few = block_n <= 32 or (padded == 8 and (block_n, block_k) == (128, 128))
-        if padded <= 16 and few and warps == max(1, min(block_n // 16, 8 if block_n == 128 else 4)):
-            plan = Plan("swap", padded, block_n, block_k, warps, stages)
+        if stages > 4 and block_k > 64:
+            continue
+        plan = Plan("swap", padded, block_n, block_k, warps, stages)
+        if plan.wide and warps == (8 if padded >= 64 and block_k == 256 else 4):
+            yield plan
+        elif not plan.wide and padded <= 16 and warps <= block_n // 16:
             yield replace(plan, gram=norm_mode(op, plan) == "folded")
-        elif block_n >= 64 and (block_k, warps) in ACTIVATION_TILES.get(padded, ()):
-            yield Plan("swap", padded, block_n, block_k, warps, stages)
 
 
 def step_bytes(op: MatmulFamily, plan: Plan) -> int:
@@ -155,7 +155,7 @@ def resident_blocks(op: MatmulFamily, plan: Plan, machine: Machine) -> int:
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: int) -> Any:
     """Predicted time where the kernel moves `moved` bytes (a number or sympy)."""
     known = constants()
-    kind = known.kinds[plan.kind]
+    kind = known.kinds[plan.kind if plan.kind == "gemv" else "wide" if plan.wide else "narrow"]
     threads = 32 * plan.num_warps
     blocks = math.ceil(int(op.n) / plan.block_n)
     steps = math.ceil(int(op.k) / plan.block_k)
@@ -164,7 +164,7 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: in
     products = plan.rows * op.weights * plan.block_n * plan.block_k
     latency = kind.step + kind.latency / max(1, plan.num_stages - 1)
     latency += kind.byte_per_thread * step_bytes(op, plan) / threads + kind.multiply_add * products / threads
-    chain = max(1.0, (share + math.ceil(share)) / 2) * steps * latency
+    chain = math.ceil(share) * steps * latency
     # no matrix unit multiplies in full float32; a third of the ordinary units' rate is a guess, not yet measured
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
     per_product = 3 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
@@ -172,7 +172,8 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: in
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
     if norm_mode(op, plan) == "first":
         start += kind.statistics * math.ceil(int(op.k) / statistics_block(op, plan))
-    memory = moved / (machine.memory_bandwidth * known.reached)
+    short = kind.short if plan.block_k * op.dtype.itemsize < SHORT_ROW else 0.0
+    memory = moved * (1 + short) / (machine.memory_bandwidth * known.reached)
     if isinstance(memory, sympy.Expr):
         # the 4-norm of a symbolic amount would be slow to solve for crossovers; over few rows the weights dominate
         least = float(memory.subs(dict.fromkeys(memory.free_symbols, rows)))

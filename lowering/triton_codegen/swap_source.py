@@ -1,0 +1,129 @@
+"""Writes the kernel for up to 64 rows of x: `tl.dot` with the weights as its first operand."""
+
+from __future__ import annotations
+
+import torch
+
+from .pointwise import literal, print_pointwise
+from .writer import Writer, mask_argument, statistics_block
+
+
+class Swap(Writer):
+    """`tl.dot` of a weight tile [BLOCK_N, BLOCK_K] with the rows of x, transposed; accumulators [BLOCK_N, rows]."""
+
+    axis = "[:, None]"
+
+    @property
+    def all_rows(self) -> bool:
+        return self.known.m == self.plan.rows
+
+    def native(self) -> bool:
+        return self.mode == "folded" and not (self.op.norm and self.op.norm.offset)
+
+    @property
+    def copies(self) -> int:
+        """An asynchronous copy moves at least 4 bytes per thread. A vector too short for that would be loaded in the
+        middle of a step, with nothing to hide its latency, so that many copies of it are loaded side by side."""
+        per_thread = max(1, 4 // self.op.dtype.itemsize)
+        return min(self.plan.rows, max(1, per_thread * 32 * self.plan.num_warps // self.plan.block_k))
+
+    def normed(self, bias: bool) -> str:
+        """y · g, or y · g + b, for every row of y."""
+        rows = self.plan.rows
+        if self.copies == 1:
+            return "y * g[None, :]" + (" + b[None, :]" if bias else "")
+        product = f"tl.reshape(y, ({self.copies}, {rows // self.copies}, BLOCK_K)) * g[:, None, :]"
+        return f"tl.reshape({product}{' + b[:, None, :]' if bias else ''}, ({rows}, BLOCK_K))"
+
+    def indices(self) -> None:
+        super().indices()
+        self.emit(f"m = tl.arange(0, {self.plan.rows})")
+        if not self.all_rows:
+            self.emit(f"m_in = m < {'M' if self.known.m is None else self.known.m}")
+
+    def x(self, k: str, *bounds: str) -> str:
+        inside = [*([] if self.all_rows else ["m_in[:, None]"]), *bounds]
+        return f"tl.load(x + m[:, None] * x_stride + {k}[None, :]{mask_argument(inside)})"
+
+    def statistics(self) -> None:
+        norm, rows = self.op.norm, self.plan.rows
+        assert norm is not None
+        layer = norm.kind == "layer"
+        block = statistics_block(self.op, self.plan)
+        even = int(self.op.k) % block == 0
+        inside = [] if even else ["(j[None, :] < K)"]
+        # partial sums per eight neighbours stay inside a thread; they meet once, after the loop
+        partial = f"({rows}, {block // 8}, 8)"
+        self.emit(f"squares = tl.zeros(({rows}, {block // 8}), tl.float32)")
+        if layer:
+            self.emit(f"total = tl.zeros(({rows}, {block // 8}), tl.float32)", f"j = tl.arange(0, {block})")
+            self.emit(f"near = tl.sum({self.x('j', *inside)}.to(tl.float32), 1) / {min(int(self.op.k), block)}")
+        self.emit(f"for start in tl.range(0, K, {block}, num_stages=3):")
+        self.level += 1
+        self.emit(f"j = start + tl.arange(0, {block})", f"centred = {self.x('j', *inside)}.to(tl.float32)")
+        if layer:
+            shifted = "centred - near[:, None]"
+            self.emit(f"centred = {shifted if even else f'tl.where(j[None, :] < K, {shifted}, 0.0)'}")
+            self.emit(f"total += tl.sum(tl.reshape(centred, {partial}), 2)")
+        self.emit(f"squares += tl.sum(tl.reshape(centred * centred, {partial}), 2)")
+        self.level -= 1
+        self.emit("variance = tl.sum(squares, 1) / K")
+        if layer:
+            self.emit("mean = tl.sum(total, 1) / K", "variance -= mean * mean")
+        self.emit(f"rstd = tl.rsqrt(variance + {literal(norm.eps)})")
+
+    def start(self) -> None:
+        for i in range(self.op.weights):
+            self.emit(f"acc{i} = tl.zeros((BLOCK_N, {self.plan.rows}), tl.float32)")
+        if self.mode == "folded":
+            shape = f"{self.plan.rows}, {self.plan.rows if self.plan.gram else 'BLOCK_K // 8'}"
+            self.emit(f"squares = tl.zeros(({shape}), tl.float32)")
+
+    def step(self) -> None:
+        norm = self.op.norm
+        self.emit("k = start + tl.arange(0, BLOCK_K)")
+        if not self.known.even_k:
+            self.emit("k_in = k < K")
+        # x first: its way to the matrix unit is the longer one
+        self.emit(f"y = {self.x('k', *([] if self.known.even_k else ['k_in[None, :]']))}")
+        self.load_norm()
+        self.load_weights()
+        weight = norm is not None and norm.has_weight
+        if self.mode == "folded":
+            if self.plan.gram:
+                self.emit("squares = tl.dot(y, tl.trans(y), squares)")
+            else:
+                square = "y.to(tl.float32) * y.to(tl.float32)"
+                self.emit(f"squares += tl.sum(tl.reshape({square}, ({self.plan.rows}, BLOCK_K // 8, 8)), 2)")
+            if weight:
+                self.emit(f"y = ({self.normed(bias=False)}).to(w0_tile.dtype)")
+        elif self.mode == "first":
+            centred = " - near[:, None] - mean[:, None]" if norm and norm.kind == "layer" else ""
+            self.emit(f"y = (y.to(tl.float32){centred}) * rstd[:, None]")
+            if weight:
+                self.emit(f"y = {self.normed(bias=norm is not None and norm.has_bias)}")
+            self.emit("y = y.to(w0_tile.dtype)")
+        precision = f', input_precision="{self.known.input_precision}"' if self.op.dtype == torch.float32 else ""
+        for i in range(self.op.weights):
+            self.emit(f"acc{i} = tl.dot(w{i}_tile, tl.trans(y), acc{i}{precision})")
+
+    def finish(self) -> None:
+        if self.mode == "folded":
+            assert self.op.norm is not None
+            if self.plan.gram:
+                self.emit("squares = tl.where(m[:, None] == m[None, :], squares, 0.0)")
+            self.emit(f"rstd = tl.rsqrt(tl.sum(squares, 1) / K + {literal(self.op.norm.eps)})")
+            self.emit(*(f"acc{i} = acc{i} * rstd[None, :]" for i in range(self.op.weights)))
+        m = "m.to(tl.int64)" if self.known.wide_output else "m"
+        at = f"{m}[None, :] * N + n[:, None]"
+        rows = [] if self.all_rows else ["m_in"]
+        inside = [*(f"{row}[None, :]" for row in rows), *([] if self.known.even_n else ["n_in[:, None]"])]
+        for j, extra in enumerate(self.op.extras):
+            if extra.kind == "full":
+                self.emit(f"e{j} = tl.load(extra{j} + {at}{mask_argument(inside)}).to(tl.float32)")
+            elif extra.kind == "row":
+                self.emit(f"e{j} = tl.load(extra{j} + m{mask_argument(rows)}).to(tl.float32)[None, :]")
+        lines, result = print_pointwise(
+            self.op.epilogue, lambda leaf: f"{'acc' if leaf.op == 'acc' else 'e'}{leaf.attr('index')}", "t"
+        )
+        self.emit(*lines, f"tl.store(out + {at}, {result}{mask_argument(inside, '')})")
