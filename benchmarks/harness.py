@@ -245,7 +245,8 @@ def predicted() -> tuple[float | None, str]:
     report = fusion_compiler.last_report()
     if report is None or not report.decisions:
         return None, "no match"
-    seconds = [(d.after or d.before).seconds for d in report.decisions]
+    # what is kept may overlap: a gated MLP is also two linears, one of them with an activation
+    seconds = [(d.after or d.before).seconds for d in report.fused or report.decisions[:1]]
     verdicts = ", ".join(f"{d.pattern} {d.kernel or d.verdict}" for d in report.decisions)
     return sum(seconds), verdicts
 

@@ -221,7 +221,8 @@ def test_weights_whose_rows_lie_differently_far_apart() -> None:
     x, (gate, up) = torch.randn(2, K, dtype=torch.float16), weights()
     result, report = run(gated_mlp, x, gate[:1].expand(N, K), up, **always())
     no_worse_than_eager(result, gated_mlp, x, gate[:1].expand(N, K), up)
-    assert not report.fused and f"lie 0 and {K} elements apart" in sentences(report)
+    assert all(d.pattern != "gated_mlp" for d in report.fused)  # one linear with its activation may be
+    assert f"lie 0 and {K} elements apart" in sentences(report)
 
 
 def test_linears_of_different_dtypes() -> None:
@@ -230,8 +231,10 @@ def test_linears_of_different_dtypes() -> None:
 
     x, (gate, up) = torch.randn(2, K, dtype=torch.float16), weights()
     result, report = run(fn, x, gate, up.float(), **always())
-    torch.testing.assert_close(result, fn(x, gate, up.float()))
-    assert not report.fused and "cast the model as a whole" in sentences(report)
+    wide = x.double()
+    exact = F.silu(wide @ gate.double().T) * (wide @ up.double().T)
+    assert (result - exact).norm() <= 1.5 * (fn(x, gate, up.float()) - exact).norm()
+    assert all(d.pattern != "gated_mlp" for d in report.fused) and "cast the model as a whole" in sentences(report)
 
 
 @pytest.mark.parametrize("which", [0, 1])
