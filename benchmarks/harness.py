@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     else:
         name = {"name": _cpu_name(), "threads": torch.get_num_threads()}
     return {
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        # where a file lay on that machine is nobody else's business: its name says enough
+        "command": shlex.join(
+            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}"]
+            + [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+        ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         # a copy of the tree without its history can be told where it comes from
         "commit": os.environ.get("GIT_COMMIT") or _git("rev-parse", "--verify", "--quiet", "HEAD") or None,
