@@ -31,10 +31,14 @@ from .machine import TABLE, Machine, machine
 from .match import Match, find_all
 from .report import Decision, Failure, NearMiss, Report, Work, where
 from .semantics import SemanticView
-from .torch_private import fake_tensors, inductor, size_guards
+from .torch_private import fake_tensors, inductor, size_guards, symbols
 
 _labels = itertools.count()
 EMPTY = "the result is empty, so there is nothing to compute"
+UNKNOWN = (
+    "the size {} is known only when the graph runs (it depends on data, or is ragged), so no time can be predicted; "
+    "torch._dynamo.mark_dynamic instead of mark_unbacked, or padding, gives it a value"
+)
 UNGUARDED = "it pays for some sizes only, and a backward graph, compiled after its guards are closed, serves all sizes"
 
 
@@ -223,9 +227,10 @@ def judge_all(
     legality, offering = Legality(gm.graph), lowerings()
     judged = []
     for match in matches:
-        if is_empty(match.site.output):
-            nothing = Work(0, 0, 0, 0, 0.0)
-            decision = Decision(match.pattern, "kept", EMPTY, where(match.site.output), nothing)
+        unknown = _unknown_size(match.site)
+        if unknown is not None or is_empty(match.site.output):
+            nothing, reason = Work(0, 0, 0, 0, 0.0), EMPTY if unknown is None else UNKNOWN.format(unknown)
+            decision = Decision(match.pattern, "kept", reason, where(match.site.output), nothing)
             judged.append(Judged(decision, match.site))
             continue
         offers = []
@@ -242,6 +247,13 @@ def judge_all(
         span = (judgement.symbol, choice.lo, choice.hi) if ranged and judgement.symbol is not None else None
         judged.append(Judged(judgement.decision, choice.site, choice.candidate, span))
     return judged
+
+
+def _unknown_size(site: Site) -> torch.SymInt | None:
+    """A size that had no value when the graph was traced."""
+    values = (node.meta.get("val") for node in (site.output, *site.operands))
+    sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape)
+    return next((size for size in sizes if not symbols.is_known(size)), None)
 
 
 def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:
@@ -303,8 +315,9 @@ def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> N
         builder = splice.Builder(gm, site.output)
         new = layout.fit(builder, site, j.candidate.emit(builder, site))
         if options.verify:
-            noted = j.decision.verification.note
-            new = verify.compare(gm, site.output, new, noted, strict=options.strict, name=j.decision.where)
+            d = j.decision
+            name = f"{d.kernel} for {d.pattern} at {d.where}"
+            new = verify.compare(gm, site.output, new, d.verification.note, strict=options.strict, name=name)
         moved[site.output] = splice.replace(site, new)
     splice.clean(gm)
 

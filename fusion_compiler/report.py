@@ -82,13 +82,15 @@ class Verification:
     """What a fused region and its original, run side by side, have shown so far. It grows while a report is read.
 
     error: the largest absolute difference divided by the largest absolute value, the worst of all calls.
+    wrong: whether rounding explains it no more.
     """
 
     error: float | None = None
+    wrong: bool = False
 
-    def note(self, error: float) -> None:
+    def note(self, error: float, *, wrong: bool) -> None:
         """Takes the error of one more call."""
-        self.error = max(error, self.error or 0.0)
+        self.error, self.wrong = max(error, self.error or 0.0), self.wrong or wrong
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Report:
         """Nested dicts and lists of JSON types; totals are added for readers."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
         for decision in plain["decisions"]:
-            decision["error"] = decision.pop("verification")["error"]
+            decision |= decision.pop("verification")
         return plain | {"total": {"fused": len(self.fused), "kept": len(self.kept), "saving_seconds": self.saving}}
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -255,11 +257,11 @@ def _pairs(raw: Iterable[Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def _decision(raw: Mapping[str, Any]) -> Decision:
-    known = {name: value for name, value in raw.items() if name != "error"}
+    known = {name: value for name, value in raw.items() if name not in ("error", "wrong")}
     return Decision(
         **{
             **known,
-            "verification": Verification(raw["error"]),
+            "verification": Verification(raw["error"], raw["wrong"]),
             "before": Work(**raw["before"]),
             "after": Work(**raw["after"]) if raw["after"] else None,
             "candidates": tuple(

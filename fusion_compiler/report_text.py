@@ -98,7 +98,8 @@ def _verdict(decision: Decision) -> str:
         lines.append(f"kernel: {decision.kernel.removesuffix('.default')}")
     lines += map(str, decision.ranges)
     if decision.error is not None:
-        lines.append(f"verified: largest relative difference {decision.error:.1e}")
+        verdict = "WRONG, rounding does not explain it" if decision.verification.wrong else "verified"
+        lines.append(f"{verdict}: largest relative difference {decision.error:.1e}")
     return "\n".join(lines)
 
 

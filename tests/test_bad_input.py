@@ -225,6 +225,20 @@ def test_weights_whose_rows_lie_differently_far_apart() -> None:
     assert f"lie 0 and {K} elements apart" in sentences(report)
 
 
+def test_a_size_that_depends_on_data() -> None:
+    x, (gate, up) = torch.randn(4, K, dtype=torch.float16), weights()
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    result, report = run(gated_mlp, x, gate, up, **always())
+    torch.testing.assert_close(result, gated_mlp(x, gate, up), rtol=1e-2, atol=1e-2)
+    assert not report.fused and "known only when the graph runs" in sentences(report)
+
+
+def test_a_nested_tensor() -> None:
+    parts, (gate, up) = [torch.randn(m, K, dtype=torch.float16) for m in (2, 3)], weights()
+    result, _ = run(gated_mlp, torch.nested.nested_tensor(parts, layout=torch.jagged), gate, up, **always())
+    no_worse_than_eager(result.values(), gated_mlp, torch.cat(parts), gate, up)
+
+
 def test_linears_of_different_dtypes() -> None:
     def fn(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(F.linear(x, gate)) * F.linear(x.float(), up)

@@ -19,7 +19,15 @@ def range_of(size: torch.SymInt, symbol: sympy.Symbol) -> tuple[int, int | None]
 
 
 def traced_values(size: torch.SymInt) -> dict[sympy.Symbol, int]:
-    """The value of every symbol of the graph of `size` that came from a real input when tracing."""
+    """The value of every symbol of the graph of `size` that came from a real input when tracing.
+
+    Sizes that depend on data and the ragged sizes of nested tensors have none.
+    """
     shape_env = size.node.shape_env
     values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
-    return {symbol: int(value) for symbol, value in values.items()}
+    return {symbol: int(value) for symbol, value in values.items() if getattr(value, "is_Integer", True)}
+
+
+def is_known(size: int | torch.SymInt) -> bool:
+    """Whether a size had a value when tracing."""
+    return isinstance(size, int) or set(size.node.expr.free_symbols) <= traced_values(size).keys()

@@ -120,7 +120,15 @@ def inline(builder: Builder, kernel: RegisteredKernel, op: Declared, operands: l
     result = traced.graph.output_node().args[0]
     if not isinstance(result, Node):
         raise SpliceError(f"kernel {kernel.name!r} returns {type(result).__name__}, not one tensor")
+    if _shares_memory(here[result], operands):
+        return builder.call(torch.ops.aten.clone.default, here[result])
     return here[result]
+
+
+def _shares_memory(node: Node, operands: list[Node]) -> bool:
+    """Whether a result is a view of an argument, which nothing that a graph computes may be."""
+    storages = [n.meta["val"].untyped_storage()._cdata for n in (node, *operands)]
+    return storages[0] in storages[1:]
 
 
 def _kind(value: Any) -> str:
