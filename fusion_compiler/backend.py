@@ -249,7 +249,7 @@ def judge_all(
     return judged
 
 
-def _unknown_size(site: Site) -> torch.SymInt | None:
+def _unknown_size(site: Site) -> int | torch.SymInt | None:
     """A size that had no value when the graph was traced."""
     values = (node.meta.get("val") for node in (site.output, *site.operands))
     sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape)

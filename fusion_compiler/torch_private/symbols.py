@@ -24,8 +24,7 @@ def traced_values(size: torch.SymInt) -> dict[sympy.Symbol, int]:
     Sizes that depend on data and the ragged sizes of nested tensors have none.
     """
     shape_env = size.node.shape_env
-    values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
-    return {symbol: int(value) for symbol, value in values.items() if getattr(value, "is_Integer", True)}
+    return {symbol: int(value) for symbol, value in shape_env.backed_var_to_val.items() if value.is_Integer}
 
 
 def is_known(size: int | torch.SymInt) -> bool:
