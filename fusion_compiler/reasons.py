@@ -64,7 +64,7 @@ def _cause(op: FusedOp, machine: Machine, plan: Plan, before: Work) -> str:
     """What makes fusing unprofitable here, or "" where nothing stands out."""
     if not before.bytes:
         return ""
-    if isinstance(op, Attention):
+    if isinstance(op, Attention) and not op.vendor:  # a vendor's kernel writes no scores
         written = [k.traffic.bytes_written for k in plan.kernels if k.l2_bytes != 0]
         scores = max((w for w in written if isinstance(w, (int, float))), default=0)
         if 0 < scores <= machine.l2_bytes / 2:

@@ -94,6 +94,12 @@ def divided_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return e @ v / e.sum(-1)[..., None]
 
 
+def in_base_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k) * math.log2(math.e)
+    e = torch.exp2(s - s.amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True) @ v
+
+
 def less_its_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     return torch.exp(s - torch.logsumexp(s, -1, keepdim=True)) @ v
@@ -190,8 +196,8 @@ CAUSAL: tuple[Core, ...] = (
 )  # fmt: skip
 UNMASKED: tuple[Core, ...] = (
     divided, multiplied, q_prescaled, k_prescaled, both_prescaled, unscaled, einsum, merged_heads, softmax_in_float,
-    by_hand, maximum_detached, divided_last, less_its_logsumexp, exponential_of_log_softmax, scale_computed, transposed,
-    values_first,
+    by_hand, maximum_detached, in_base_two, divided_last, less_its_logsumexp, exponential_of_log_softmax,
+    scale_computed, transposed, values_first,
 )  # fmt: skip
 
 

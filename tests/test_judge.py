@@ -50,6 +50,16 @@ def test_attention_on_two_cores(dtype: torch.dtype, s: int, verdict: str) -> Non
         assert "fit the 32 MB cache" in decision.reason and "Inductor at" in decision.reason
 
 
+def test_a_vendor_kernel_with_repeated_heads_has_no_scores_to_save() -> None:
+    def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (t.unsqueeze(2).tile(1, 1, 4, 1, 1).flatten(1, 2) for t in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    decision = decided("attention", repeated, *heads(256, torch.float32), on=H200)
+    assert decision.verdict == "kept" and decision.before.bytes < 2 * 8 * 256 * 256 * 4
+    assert "scores (" not in decision.reason
+
+
 @pytest.mark.parametrize(("m", "verdict"), [(1, "fused"), (16, "fused"), (64, "fused"), (4096, "kept")])
 def test_gated_mlp_on_an_h200(m: int, verdict: str) -> None:
     def with_norm(x: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

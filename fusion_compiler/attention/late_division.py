@@ -11,7 +11,7 @@ from torch.fx import Node
 from . import axes
 from .axes import View
 from .contraction import Operand
-from .softmax import Softmax, fraction, of_exponent, sum_of, uncast
+from .softmax import Softmax, exponent_of, fraction, of_exponentials, sum_of, uncast
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def _of(node: Node, source: Node, seen: View) -> View | None:
 
 def divided_later(exponentials: Node) -> tuple[Softmax, LateDivision] | None:
     """The exponentials as a softmax whose division comes later, with that division."""
-    if exponentials.target is not aten.exp.default:
+    if exponent_of(exponentials) is None:
         return None
     for total in exponentials.users:
         if total.target is not aten.sum.dim_IntList or sum_of(total) is not total:
@@ -63,6 +63,6 @@ def divided_later(exponentials: Node) -> tuple[Softmax, LateDivision] | None:
             if parts is None and (axes.step(user) is not None or user.target is aten.reciprocal.default):
                 reached += user.users
             if parts is not None and sum_of(parts[1]) is total and uncast(parts[0]) is not exponentials:
-                found = of_exponent(uncast(cast(Node, exponentials.args[0])), dim, exponentials)
-                return found, LateDivision(exponentials, total, dim, user)
+                found = of_exponentials(exponentials, dim, exponentials)
+                return (found, LateDivision(exponentials, total, dim, user)) if found is not None else None
     return None

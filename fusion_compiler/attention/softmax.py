@@ -66,10 +66,10 @@ def softmax(node: Node) -> Softmax | None:
     if parts is None:
         return None
     top, bottom = uncast(parts[0]), sum_of(parts[1])
-    if top.target is not aten.exp.default or bottom is None or uncast(cast(Node, bottom.args[0])) is not top:
+    if bottom is None or uncast(cast(Node, bottom.args[0])) is not top:
         return None
     along = _along(bottom, parts[1], top)
-    return None if along is None else of_exponent(uncast(cast(Node, top.args[0])), along, node)
+    return None if along is None else of_exponentials(top, along, node)
 
 
 def fraction(node: Node) -> tuple[Node, Node] | None:
@@ -92,7 +92,7 @@ def fraction(node: Node) -> tuple[Node, Node] | None:
 def more_than_their_sum(node: Node) -> bool:
     """Whether the node divides exponentials by their sum plus something, such as 1."""
     parts = fraction(node)
-    if parts is None or (top := uncast(parts[0])).target is not aten.exp.default:
+    if parts is None or exponent_of(top := uncast(parts[0])) is None:
         return False
     bottom = _reduced(parts[1])
     if bottom.target not in (aten.add.Tensor, aten.add.Scalar):
@@ -138,9 +138,25 @@ def _along(reduction: Node, shown: Node, x: Node) -> int | None:
     return dim if axes.same_shape(axes.shape_of(_unexpanded(shown)), kept) else None
 
 
-def of_exponent(exponent: Node, dim: int, node: Node) -> Softmax:
-    """The softmax whose exponentials are those of `exponent`."""
-    return _stable(exponent, dim, node) or Softmax(node, exponent, dim)
+def exponent_of(node: Node) -> tuple[Node, float] | None:
+    """(x, c) where the node is exp(c · x), as exp, exp2 or a power of a number greater than 1."""
+    if node.target in (aten.exp.default, aten.exp2.default):
+        return cast(Node, node.args[0]), 1.0 if node.target is aten.exp.default else math.log(2)
+    if node.target is aten.pow.Scalar and isinstance(base := node.args[0], (int, float)) and 1 < base < math.inf:
+        return cast(Node, node.args[1]), math.log(base)
+    return None
+
+
+def of_exponentials(exponentials: Node, dim: int, node: Node) -> Softmax | None:
+    """`node` as the softmax along `dim` whose numerators are `exponentials`; None where these are none."""
+    parts = exponent_of(exponentials)
+    return None if parts is None else _of_exponent(uncast(parts[0]), dim, node, parts[1])
+
+
+def _of_exponent(exponent: Node, dim: int, node: Node, factor: float = 1.0) -> Softmax:
+    """The softmax whose exponentials are exp(factor · exponent)."""
+    found = _stable(exponent, dim, node) or Softmax(node, exponent, dim)
+    return replace(found, factor=found.factor * factor)
 
 
 def _stable(exponent: Node, dim: int, node: Node) -> Softmax | None:
@@ -273,7 +289,7 @@ def _less_its_logarithm(node: Node) -> Softmax | None:
         return None
     summed = uncast(cast(Node, exponential.args[0]))
     if shift is None:  # log_softmax: x is shifted already
-        return of_exponent(uncast(x), dim, node) if summed is uncast(x) else None
+        return _of_exponent(uncast(x), dim, node) if summed is uncast(x) else None
     unshifted = _shifted(summed, dim)
     same = unshifted is not None and uncast(unshifted) is uncast(x) and _reduced(cast(Node, summed.args[1])) is shift
     return Softmax(node, x, dim) if same else None
