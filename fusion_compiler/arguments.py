@@ -7,6 +7,7 @@ what a kernel registered for the pattern is then called with is proved, not gues
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
@@ -36,15 +37,18 @@ class Binder:
         self.view = view
         self._pattern = pattern
         self._function = function
-        self._traces: dict[Any, tuple[Variant, torch.Tensor] | None] = {}
+        self._traces: dict[Any, tuple[Variant, tuple[torch.Tensor, ...]] | None] = {}
 
     def declared(
-        self, value: Value, output: Node, bindings: Bindings, given: Mapping[str, Any]
+        self, value: Value, outputs: Mapping[int, Node], bindings: Bindings, given: Mapping[str, Any], why: str = ""
     ) -> tuple[Declared, Site] | str:
-        """The declared op for `value`, held by `output`, and its site; a sentence where the graph lacks its arguments.
+        """The declared op and its site; a sentence where the graph lacks its arguments.
 
-        `given` are the arguments that are no tensors.
+        `value` is what the pattern's `root` is. `outputs` are the nodes that hold its results, by their position among
+        these, the last in the graph first; `given` are the arguments that are no tensors; `why` tells why no kernel is
+        generated.
         """
+        output, *others = outputs.values()
         order = inspect.signature(self._function).parameters
         names = [name for name in order if name in bindings.tensors]
         options = []
@@ -60,11 +64,12 @@ class Binder:
             if traced is None or tensors is None:
                 continue
             variant, out = traced
-            again = Unifier(variant, exactly=True).match(value)
-            if again is None or again.tensors != bindings.tensors or again.transposed != bindings.transposed:
+            again = Unifier(variant, exactly=True, nearby=lambda _: bindings.roots).match(value)
+            if again != dataclasses.replace(bindings, literals=again.literals if again else {}):
                 continue
-            site = site_of(self.view, output, chosen)
-            return self._op(tensors, given, transposed, out, site), site
+            site = site_of(self.view, output, chosen, tuple(others))
+            op = self._op(tensors, given, transposed, out, site)
+            return dataclasses.replace(op, kept=tuple(outputs), ungenerated=why), site
         return "the pattern's own function computes something else of the tensors as they are stored here"
 
     def _nodes(self, value: Value, output: Node) -> list[Node]:
@@ -89,7 +94,7 @@ class Binder:
 
     def _traced(
         self, tensors: Mapping[str, torch.Tensor], given: Mapping[str, Any]
-    ) -> tuple[Variant, torch.Tensor] | None:
+    ) -> tuple[Variant, tuple[torch.Tensor, ...]] | None:
         key = (*((name, _kind(t)) for name, t in tensors.items()), *sorted(given.items(), key=lambda item: item[0]))
         if key not in self._traces:
             self._traces[key] = self._trace(tensors, given)
@@ -97,7 +102,7 @@ class Binder:
 
     def _trace(
         self, tensors: Mapping[str, torch.Tensor], given: Mapping[str, Any]
-    ) -> tuple[Variant, torch.Tensor] | None:
+    ) -> tuple[Variant, tuple[torch.Tensor, ...]] | None:
         try:
             return raise_once(self._pattern, self._function, tensors, given)
         except PatternError:
@@ -108,7 +113,7 @@ class Binder:
         tensors: Mapping[str, torch.Tensor],
         given: Mapping[str, Any],
         transposed: tuple[bool, ...],
-        out: torch.Tensor,
+        out: tuple[torch.Tensor, ...],
         site: Site,
     ) -> Declared:
         arguments = {**tensors, **given}

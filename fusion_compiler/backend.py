@@ -312,13 +312,14 @@ def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> N
     for j in sorted(chosen, key=lambda j: j.site.output):
         assert j.candidate is not None, "only a kept verdict has no candidate"
         site = dataclasses.replace(j.site, operands=tuple(moved.get(n, n) for n in j.site.operands))
-        builder = splice.Builder(gm, site.output)
-        new = layout.fit(builder, site, j.candidate.emit(builder, site))
-        if options.verify:
-            d = j.decision
-            name = f"{d.kernel} for {d.pattern} at {d.where}"
-            new = verify.compare(gm, site.output, new, d.verification.note, strict=options.strict, name=name)
-        moved[site.output] = splice.replace(site, new)
+        builder = splice.Builder(gm, site.place, origin=site.output)
+        d = j.decision
+        for part, made in splice.emitted(j.candidate, builder, site):
+            new = layout.fit(builder, part, made)
+            if options.verify:
+                name = f"{d.kernel} for {d.pattern} at {d.where}"
+                new = verify.compare(gm, part.output, new, d.verification.note, strict=options.strict, name=name)
+            moved[part.output] = splice.replace(part, new)
     splice.clean(gm)
 
 

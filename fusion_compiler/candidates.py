@@ -43,7 +43,8 @@ class Candidate:
 
     `seconds` is the predicted time (sympy over the site's symbolic sizes where there are any). `valid` is a
     condition under which the kernel may run at all, besides being cheapest (sympy relation or True).
-    `emit(builder, site)` adds the nodes to the graph and returns the one that replaces `site.output`.
+    `emit(builder, site)` adds the nodes to the graph and returns the one that replaces `site.output`, or one for each
+    of `site.outputs`.
     `details` goes to the report: tile sizes, split-K, backend, registers …
     """
 
@@ -51,7 +52,7 @@ class Candidate:
     kernel: str
     traffic: Traffic
     seconds: Amount
-    emit: Callable[[Builder, Site], Node]
+    emit: Callable[[Builder, Site], Node | tuple[Node, ...]]
     valid: sympy.Basic | bool = True
     details: tuple[tuple[str, Any], ...] = ()
 

@@ -81,6 +81,30 @@ class MatmulFamily:
 
 
 @dataclass(frozen=True)
+class RowReduction:
+    """results[i] = what each row [N] of the operands gives: a row [N] ("full") or one number ("row").
+
+    A result is a `Value` in the space of one row, over the leaves `extra(index=j)`: pointwise operations, and
+    mean/sum/amax(v; size=N) of the row. A number of the row meets the row's elements as it is, without `bcast`.
+    Operands of a site are the extras, in order; "full" ones are [M, N] with rows `strides[j]` elements apart (the
+    others have 0 there). Results are in the order of the site's outputs, contiguous.
+
+    `apart` counts the bytes that one kernel of these nodes and their pointwise neighbours would not move: what leaving
+    them to Inductor saves beyond the price of the nodes themselves.
+    """
+
+    m: Size
+    n: int
+    results: tuple[Value, ...]
+    kinds: tuple[Literal["full", "row"], ...]
+    out_dtypes: tuple[torch.dtype, ...]
+    extras: tuple[Extra, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype  # of the first full operand
+    apart: Size = 0
+
+
+@dataclass(frozen=True)
 class Mask:
     """What is known about which keys a query may see, beyond the bounds of the tensors.
 
@@ -166,7 +190,8 @@ class Declared:
     `arguments` are those of the function in its own order: fake tensors, bound numbers, chosen alternatives, None where
     an optional parameter is absent. The operands of a site are the tensors among them, in order; a `transposed` operand
     is stored the other way round and is transposed before it is passed. The function's result has the elements
-    of the site's output in the same order, and maybe another shape.
+    of the site's output in the same order, and maybe another shape; of a function with several results `kept` gives
+    the positions of those that the site's outputs are, in their order.
     """
 
     pattern: str
@@ -174,12 +199,14 @@ class Declared:
     arguments: tuple[Any, ...] = field(compare=False)
     transposed: tuple[bool, ...]  # one per operand
     dtype: torch.dtype  # of the first operand
-    out: Any = field(compare=False)  # the function's result, a fake tensor
+    out: tuple[Any, ...] = field(compare=False)  # the function's results, fake tensors
     flops: float | sympy.Expr
     sizes: tuple[Size, ...]  # the symbolic ones among the arguments' sizes
+    kept: tuple[int, ...] = (0,)
+    ungenerated: str = ""  # why no kernel is generated for it
 
 
-FusedOp = MatmulFamily | Attention | Declared
+FusedOp = MatmulFamily | RowReduction | Attention | Declared
 
 
 @dataclass(frozen=True)
@@ -187,12 +214,25 @@ class Site:
     """Where a fused op stands in an FX graph.
 
     `operands` are the nodes it reads, in the order its fused op documents. Each may have any shape that is a
-    contiguous reshape of the documented one (the emitter reshapes). `output` is the node it replaces;
-    `interior` all nodes that become dead unless used elsewhere (the output included); `escaping` the interior
-    nodes other than the output that are used elsewhere and therefore stay.
+    contiguous reshape of the documented one (the emitter reshapes). `output` is the node it replaces, `others` are
+    further ones, before it in the graph; `interior` all nodes that become dead unless used elsewhere (the outputs
+    included); `escaping` the interior nodes other than outputs that are used elsewhere and therefore stay.
     """
 
     operands: tuple[Node, ...]
     output: Node
     interior: tuple[Node, ...]
     escaping: tuple[Node, ...] = field(default=())
+    others: tuple[Node, ...] = field(default=())
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        """All nodes that the fused op replaces; `output`, the last in the graph, comes first here."""
+        return (self.output, *self.others)
+
+    @property
+    def place(self) -> Node:
+        """The node before which the fused op stands: its output, or what reads another of its results earlier."""
+        inside = set(self.interior)
+        readers = [user for node in self.others for user in node.users if user not in inside]
+        return min([self.output, *readers])

@@ -231,7 +231,7 @@ def _spans(
 # ---- nodes --------------------------------------------------------------------------------------
 def _replaced(site: Site) -> list[Node]:
     """The nodes that die with the site's output, in graph order: nothing else reads them."""
-    gone = {site.output}
+    gone = set(site.outputs)
     for node in sorted(site.interior, reverse=True):
         if node.users and all(user in gone for user in node.users):
             gone.add(node)

@@ -44,9 +44,9 @@ class Legality:
         return _values(site) or self._late_operand(site) or _escapes(site) or _randomness(site) or self._mutation(site)
 
     def _late_operand(self, site: Site) -> str | None:
-        place = self.position[site.output]
+        place = self.position[site.place]
         late = next((n for n in site.operands if self.position[n] >= place), None)
-        return None if late is None else f"{_named(late)} is read but only computed after {site.output.name}"
+        return None if late is None else f"{_named(late)} is read but only computed after {site.place.name}"
 
     def _mutation(self, site: Site) -> str | None:
         if not self.writes:
@@ -56,7 +56,7 @@ class Legality:
         for operand in site.operands:
             reads = [self.position[user] for user in operand.users if user in interior]
             storage = _storage(operand)
-            first_read[storage] = min([*reads, first_read.get(storage, self.position[site.output])])
+            first_read[storage] = min([*reads, first_read.get(storage, self.position[site.place])])
         inside = {_storage(node) for node in interior} - set(first_read)
         for node, written in self.writes:
             storage, at = _storage(written), self.position[node]
@@ -95,7 +95,7 @@ def _values(site: Site) -> str | None:
 def _escapes(site: Site) -> str | None:
     interior = set(site.interior)
     for node in site.interior:
-        if node is site.output:
+        if node in site.outputs:
             continue
         outside = [user for user in node.users if user not in interior]
         if not outside:

@@ -171,15 +171,13 @@ def _region(nodes: Sequence[Node]) -> GraphModule:
 
 def _spliced(site: Site, candidate: Candidate) -> GraphModule:
     """The candidate alone, as it stands in the graph of its site: from the operands to the output."""
-    gm, copies = cut(site.interior, (site.output,))
-    output = copies[site.output]
-    moved = Site(
-        tuple(copies[n] for n in site.operands),
-        output,
-        tuple(copies[n] for n in site.interior),
-        tuple(copies[n] for n in site.escaping),
-    )
-    splice.replace(moved, candidate.emit(splice.Builder(gm, output), moved))
+    gm, copies = cut(site.interior, site.outputs)
+    parts = (site.operands, site.interior, site.escaping, site.others)
+    operands, interior, escaping, others = (tuple(copies[n] for n in part) for part in parts)
+    moved = Site(operands, copies[site.output], interior, escaping, others)
+    builder = splice.Builder(gm, moved.place)
+    for part, new in splice.emitted(candidate, builder, moved):
+        splice.replace(part, new)
     splice.clean(gm)
     return gm
 

@@ -13,28 +13,33 @@ all spellings, dtypes and ranks. What a parameter is, its default says:
     literal(1e-6, hi=1e-3)   a literal in a range
     choice(F.silu, F.gelu)   any of the alternatives
 
-Numbers that the function writes itself are demanded as they are. A match becomes a `MatmulFamily`, for which kernels
-are generated, and, where kernels are registered for the pattern or it has no linear, a `Declared` op.
+Numbers that the function writes itself are demanded as they are. The function may return several tensors. A match
+becomes a `MatmulFamily` or a `RowReduction`, for which kernels are generated, and, where kernels are registered for the
+pattern or none is generated, a `Declared` op.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from torch.fx import Node
 
-from . import matmul_family
+from . import matmul_family, row_reduction
 from .algebra import Value
 from .arguments import Binder
 from .fused import FusedOp, Site
 from .kernels import kernels_of
 from .match import Match, NearMiss
+from .norms import NORMS
+from .row_reduction import REDUCTIONS
 from .semantics import SemanticView
-from .sites import outputs_of
+from .sites import interior_between, outputs_of
 from .unify import Bindings, Furthest, Unifier, Variant, is_telling
 from .variants import Choice, Literal, Parameters, PatternError, raise_variants, trace
 
@@ -125,7 +130,7 @@ class Pattern:
         )
         closest: Furthest | None = None
         for variant in variants:
-            unifier = Unifier(variant, single_row)
+            unifier = Unifier(variant, single_row, nearby=functools.partial(_nearby, binder.view))
             bindings = unifier.match(value)
             if bindings is not None:
                 return self._matched(binder, value, output, variant, bindings)
@@ -150,7 +155,9 @@ class Pattern:
                 return NearMiss(self.name, output, refusal, output)
         numbers = {name: known.value(bindings.literals.get(name, known.default)) for name, known in literals.items()}
         given = {**variant.fixed, **numbers}
-        forms, reasons = self._forms(binder, value, output, bindings, given)
+        main = next(i for i, root in enumerate(variant.roots) if root is variant.root)
+        outputs = _outputs(view, bindings.roots, main, output)
+        forms, reasons = self._forms(binder, value, outputs, bindings, given)
         nodes = {name: next(iter(view.nodes(v)), None) for name, v in bindings.tensors.items()}
         legal = []
         for form in forms:
@@ -166,25 +173,57 @@ class Pattern:
         return Match(self.name, op, site, tuple((op, site) for op, site, _ in others), prologue)
 
     def _forms(
-        self, binder: Binder, value: Value, output: Any, bindings: Bindings, given: Mapping[str, Any]
+        self, binder: Binder, value: Value, outputs: Mapping[int, Node], bindings: Bindings, given: Mapping[str, Any]
     ) -> tuple[list[tuple[FusedOp, Site, tuple[Any, ...]]], list[str]]:
         """The fused ops that a match can be seen as, with the nodes of a folded norm; and why not as others."""
         forms: list[tuple[FusedOp, Site, tuple[Any, ...]]] = []
         reasons = []
-        generated = any(v.op == "linear" for v in self.variants[0].root.walk())
-        if generated:
-            families = matmul_family.build(binder.view, value, output)
+        inside = {v.op for root in self.variants[0].roots for v in root.walk()}
+        if "linear" in inside and len(self.variants[0].roots) > 1:
+            reasons.append("kernels with several results are generated for reductions of rows, not for linears")
+        elif "linear" in inside:
+            families = matmul_family.build(binder.view, value, *outputs.values())
             if isinstance(families, str):
                 reasons.append(families)
             else:
                 forms += [(f.op, f.site, f.prologue) for f in families]
-        if not generated or kernels_of(self.function):
-            declared = binder.declared(value, output, bindings, given)
+        elif inside & {*REDUCTIONS, *NORMS}:
+            results = {bindings.roots[i]: node for i, node in outputs.items()}
+            reduction = row_reduction.build(binder.view, results, bindings.tensors.values())
+            if isinstance(reduction, str):
+                reasons.append(reduction)
+            else:
+                forms.append((*reduction, ()))
+        if kernels_of(self.function) or ("linear" not in inside and not forms):
+            declared = binder.declared(value, outputs, bindings, given, "; ".join(reasons))
             if isinstance(declared, str):
                 reasons.append(declared)
             else:
                 forms.append((*declared, ()))
         return forms, reasons
+
+
+STEPS = 12  # from the parameters of a pattern to a second result of it
+
+
+def _nearby(view: SemanticView, values: Iterable[Value]) -> Iterator[Value]:
+    """The values computed from `values` in a few steps."""
+    seen: set[Value] = set()
+    front = [n for v in values for n in view.nodes(v)]
+    for _ in range(STEPS):
+        front = list(dict.fromkeys(user for n in front for user in n.users if user.op == "call_function"))
+        found = [v for v in dict.fromkeys(map(view.value, front)) if v not in seen]
+        yield from found
+        seen.update(found)
+
+
+def _outputs(view: SemanticView, roots: Sequence[Value], main: int, output: Node) -> dict[int, Node]:
+    """The nodes that hold a match's results, by position, the last in the graph first. A result that only the others
+    are computed from is none."""
+    held = {i: output if i == main else outputs_of(view, root)[0] for i, root in enumerate(roots)}
+    inside = {n for node in held.values() for n in interior_between(node, ())} if len(held) > 1 else set()
+    needed = {i: n for i, n in held.items() if i == main or any(user not in inside for user in n.users)}
+    return dict(sorted(needed.items(), key=lambda item: item[1], reverse=True))
 
 
 def ask(constraint: Constraint, facts: Mapping[str, Any]) -> str | None:

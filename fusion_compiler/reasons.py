@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .candidates import Candidate
 from .cost.baseline import Plan
-from .fused import Attention, FusedOp, MatmulFamily
+from .fused import Attention, FusedOp, MatmulFamily, RowReduction
 from .machine import Machine
 from .report import Work
 from .report_text import duration, size
@@ -70,6 +70,11 @@ def _cause(op: FusedOp, machine: Machine, plan: Plan, before: Work) -> str:
         if 0 < scores <= machine.l2_bytes / 2:
             cache = f"{machine.l2_bytes / 2**20:.0f} MB {'cache' if machine.kind == 'cpu' else 'L2'}"
             return f"the scores ({size(scores)}) fit the {cache}, so fusing saves no memory traffic"
+    if isinstance(op, RowReduction):
+        if op.apart != 0:
+            return "Inductor puts these nodes into one kernel with their neighbours, which a kernel of their own cannot"
+        if before.launches <= 1:
+            return "Inductor makes one kernel of these nodes too, which moves the same bytes"
     if isinstance(op, MatmulFamily):
         intensity, ridge = before.flops / before.bytes, machine.rate(op.dtype) / machine.memory_bandwidth
         if intensity > ridge:

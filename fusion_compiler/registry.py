@@ -242,16 +242,16 @@ def _check_kernel(pattern: Pattern, function: Callable[..., Any], name: str) -> 
                 f"kernel {name!r} for pattern {pattern.name!r} does not run without data on the pattern's example: "
                 f"{type(error).__name__}: {error}; a custom operator needs a fake implementation (register_fake)"
             ) from error
-    if not isinstance(result, torch.Tensor):
-        raise KernelError(
-            f"kernel {name!r} for pattern {pattern.name!r} returns a {type(result).__name__}, not one tensor"
-        )
-    if (result.shape, result.dtype) != (wanted.shape, wanted.dtype):
+    if _kind(result) != _kind(wanted):
         raise KernelError(
             f"kernel {name!r} for pattern {pattern.name!r} returns {_kind(result)} on the pattern's first example, "
             f"where the pattern returns {_kind(wanted)}"
         )
 
 
-def _kind(value: torch.Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_kind, value))})"
+    return f"a {type(value).__name__}"

@@ -33,15 +33,16 @@ def holding(view: SemanticView, nodes: Iterable[Node]) -> list[Node]:
     return [same for node in nodes for same in view.nodes(view.value(node))]
 
 
-def site_of(view: SemanticView, output: Node, operands: tuple[Node, ...]) -> Site:
+def site_of(view: SemanticView, output: Node, operands: tuple[Node, ...], others: tuple[Node, ...] = ()) -> Site:
     """The site of a fused op: its interior, and what of it stays because somebody outside reads it or needs it."""
-    interior = interior_between(output, holding(view, operands))
+    border = holding(view, operands)
+    interior = tuple(sorted({n for result in (output, *others) for n in interior_between(result, border)}))
     inside = set(interior)
     staying: set[Node] = set()
     for node in reversed(interior):
-        if node is not output and any(u not in inside or u in staying for u in node.users):
+        if node not in (output, *others) and any(u not in inside or u in staying for u in node.users):
             staying.add(node)
-    return Site(operands, output, interior, tuple(n for n in interior if n in staying))
+    return Site(operands, output, interior, tuple(n for n in interior if n in staying), others)
 
 
 def outputs_of(view: SemanticView, value: Value) -> Sequence[Node]:

@@ -8,9 +8,10 @@ of what it is to replace; `replace` exchanges them.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.fx
@@ -20,6 +21,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .fused import Site
 from .torch_private import fake_tensors, kernel_nodes
 from .torch_private.source_files import module_from_source
+
+if TYPE_CHECKING:
+    from .candidates import Candidate
 
 aten = torch.ops.aten
 
@@ -161,9 +165,17 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y or statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
+def emitted(candidate: Candidate, builder: Builder, site: Site) -> Iterator[tuple[Site, Node]]:
+    """The nodes that a candidate adds, each with the site of the one output that it replaces."""
+    made = candidate.emit(builder, site)
+    for output, node in zip(site.outputs, made if isinstance(made, tuple) else (made,), strict=True):
+        yield dataclasses.replace(site, output=output, others=()), node
+
+
 def replace(site: Site, new: Node) -> Node:
     """Puts `new`, which must fit, in the place of `site.output`. What became unused is left for `clean`."""
-    site.output.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    kept = {new, *site.interior}  # the original still reads its own intermediates, to be verified against
+    site.output.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
     return new
 
 

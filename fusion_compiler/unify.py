@@ -9,8 +9,9 @@ as literal parameters are bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from .algebra import Value
@@ -19,6 +20,9 @@ _COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "eq", "ne", "logic
 # Attributes that say how large the tensors of the example were and how they were stored, not what is computed.
 _FREE = frozenset({"size", "groups", "single", "kn", "shape"})
 _CLOSE = 1e-4  # numbers in a graph have been through float32, some through bfloat16 first
+
+Nearby = Callable[[Iterable[Value]], Iterable[Value]]
+_State = tuple[int, dict[Value, tuple[Value, bool]], dict[str, float], dict[Value, Value]]
 
 
 @dataclass(frozen=True)
@@ -41,25 +45,32 @@ class LiteralUse:
 
 @dataclass(frozen=True)
 class Variant:
-    """One raised form of a pattern: its root, its parameters among the leaves, its literals among the numbers.
+    """One raised form of a pattern: its roots, its parameters among the leaves, its literals among the numbers.
 
-    `literals` are keyed by a value and the name of the attribute of it that holds the number. `fixed` holds the
+    `roots` are what the function returns, in order. `literals` are keyed by a value and the name of the attribute of it that holds the number. `fixed` holds the
     parameters that the form has decided: the alternative of a choice, None for an optional parameter left out.
     """
 
-    root: Value
+    roots: tuple[Value, ...]
     parameters: Mapping[Value, str]
     literals: Mapping[tuple[Value, str], LiteralUse] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def root(self) -> Value:
+        """The root that is looked for first: the one that most is computed for."""
+        return max(self.roots, key=lambda root: sum(1 for _ in root.walk()))
+
 
 @dataclass(frozen=True)
 class Bindings:
-    """What the parameters of a pattern stand for. `transposed` are those that the graph stores the other way round."""
+    """What the parameters of a pattern stand for, and the values that its roots are, in order. `transposed` are the
+    parameters that the graph stores the other way round."""
 
     tensors: Mapping[str, Value]
     literals: Mapping[str, float]
     transposed: frozenset[str] = frozenset()
+    roots: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,28 +91,41 @@ class Unifier:
     """Matches a variant of a pattern against values of a graph.
 
     `single_row`: the graph computes one row, where repeating along rows is nothing. `exactly`: the variant was traced
-    with the sizes of the graph, so these must agree as well.
+    with the sizes of the graph, so these must agree as well. `nearby` gives, for values of the graph, those computed
+    from them in a few steps: among these a second result of the pattern is looked for.
     """
 
-    def __init__(self, variant: Variant, single_row: bool = False, *, exactly: bool = False) -> None:
+    def __init__(
+        self, variant: Variant, single_row: bool = False, *, exactly: bool = False, nearby: Nearby | None = None
+    ) -> None:
         self._variant = variant
         self._parameters = variant.parameters
         self._single_row = single_row
         self._free = frozenset({"kn"}) if exactly else _FREE
+        self._nearby = nearby or (lambda values: ())
         self._tensors: dict[Value, tuple[Value, bool]] = {}
         self._literals: dict[str, float] = {}
+        self._pairs: dict[Value, Value] = {}
         self._matched: list[Value] = []
         self.furthest: Furthest | None = None
 
     def match(self, value: Value) -> Bindings | None:
-        """The binding of every parameter by name, or None."""
+        """The binding of every parameter by name, or None; `value` is what the variant's `root` has to be."""
         if not self._match(self._variant.root, value):
             return None
+        roots = []
+        for root in self._variant.roots:
+            known = [self._pairs[root]] if root in self._pairs else self._nearby([v for v, _ in self._tensors.values()])
+            found = next((v for v in known if self._match(root, v)), None)
+            if found is None:
+                return None
+            roots.append(found)
         named = {self._parameters[leaf]: bound for leaf, bound in self._tensors.items()}
         return Bindings(
             {name: bound for name, (bound, _) in named.items()},
             dict(self._literals),
             frozenset(name for name, (_, transposed) in named.items() if transposed),
+            tuple(roots),
         )
 
     def _match(self, pattern: Value, value: Value, transposed: bool = False) -> bool:
@@ -122,6 +146,7 @@ class Unifier:
         if pattern.op == "const":
             return True
         self._matched.append(pattern)
+        self._pairs[pattern] = value
         if pattern.op in _COMMUTATIVE:
             matched = self._in_any_order(list(pattern.args), list(value.args))
         else:
@@ -170,11 +195,11 @@ class Unifier:
                 return f"{name} is {found} in {describe(value)} here and {wanted} in the pattern{cure}"
         return None
 
-    def _state(self) -> tuple[int, dict[Value, tuple[Value, bool]], dict[str, float]]:
-        return len(self._matched), dict(self._tensors), dict(self._literals)
+    def _state(self) -> _State:
+        return len(self._matched), dict(self._tensors), dict(self._literals), dict(self._pairs)
 
-    def _restore(self, state: tuple[int, dict[Value, tuple[Value, bool]], dict[str, float]]) -> None:
-        depth, self._tensors, self._literals = state
+    def _restore(self, state: _State) -> None:
+        depth, self._tensors, self._literals, self._pairs = state
         del self._matched[depth:]
 
     def _fail(self, wanted: Value, found: Value, reason: str = "") -> bool:

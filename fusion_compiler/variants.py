@@ -134,8 +134,8 @@ def raise_variants(
     for decided in _combinations(parameters):
         tensors = {name: t for name, t in example.items() if name not in decided}
         variant = _variant(pattern, function, parameters, tensors, decided)
-        forms.setdefault(repr(variant.root), variant)
-        leaves = {v for v in variant.root.walk() if v in variant.parameters}
+        forms.setdefault(repr(variant.roots), variant)
+        leaves = {v for root in variant.roots for v in root.walk() if v in variant.parameters}
         used |= {variant.parameters[v] for v in leaves} | {use.name for use in variant.literals.values()}
     ignored = [name for name in (*parameters.tensors, *parameters.literals) if name not in used]
     if ignored:
@@ -165,22 +165,23 @@ def _variant(
     probes = [literal.probes(i) for i, literal in enumerate(parameters.literals.values())]
     numbers = [dict(zip(parameters.literals, values, strict=True)) for values in zip(*probes, strict=True)] or [{}]
     first, *second = (raise_once(pattern, function, tensors, {**decided, **given})[0] for given in numbers)
-    unknown = next((v for v in first.root.walk() if v.op == "leaf" and v not in first.parameters), None)
+    held = [v for root in first.roots for v in root.walk()]
+    unknown = next((v for v in held if v.op == "leaf" and v not in first.parameters), None)
     if unknown is not None:
         raise PatternError(
             f"pattern {pattern!r}: it uses {unknown.attr('node').target}, which is not in the compiler's vocabulary, "
             "so it could match nothing; write it with pointwise operations, linears and reductions of the last axis"
         )
-    if first.root in first.parameters or first.root.op == "const":
-        raise PatternError(f"pattern {pattern!r}: it computes nothing, so there is nothing to fuse")
-    literals = _literals(pattern, first.root, second[0].root, *numbers) if second else {}
-    return Variant(first.root, first.parameters, literals, decided)
+    if any(root in first.parameters or root.op == "const" for root in first.roots):
+        raise PatternError(f"pattern {pattern!r}: a result of it computes nothing, so there is nothing to fuse")
+    literals = _literals(pattern, held, second[0], *numbers) if second else {}
+    return Variant(first.roots, first.parameters, literals, decided)
 
 
 def raise_once(
     pattern: str, function: Callable[..., Any], tensors: Mapping[str, torch.Tensor], given: Mapping[str, Any]
-) -> tuple[Variant, torch.Tensor]:
-    """The function raised for these tensors (real or fake) and other arguments, and its result as a fake tensor."""
+) -> tuple[Variant, tuple[torch.Tensor, ...]]:
+    """The function raised for these tensors (real or fake) and other arguments, and its results as fake tensors."""
     try:
         graph_module = trace(
             lambda *values: function(**dict(zip(tensors, values, strict=True)), **given), [*tensors.values()]
@@ -191,21 +192,30 @@ def raise_once(
             f"pattern {pattern!r}: its function cannot be traced with {_written(given)}: {type(error).__name__}: "
             f"{''.join(reason)}; tensors that it uses must be its arguments, numbers that decide shapes its own"
         ) from error
-    result = graph_module.graph.output_node().args[0]
-    if not isinstance(result, torch.fx.Node):
-        raise PatternError(f"pattern {pattern!r}: its function returns {_kind(result)}; a pattern returns one tensor")
+    results = results_of(graph_module)
+    if results is None:
+        returned = _kind(graph_module.graph.output_node().args[0])
+        raise PatternError(f"pattern {pattern!r}: its function returns {returned}; a pattern returns tensors")
     view = SemanticView(graph_module)
     inputs = graph_module.graph.find_nodes(op="placeholder")
     leaves = {view.value(n): name for n, name in zip(inputs, tensors, strict=True)}
-    return Variant(view.value(result), leaves, fixed=given), result.meta["val"]
+    variant = Variant(tuple(view.value(r) for r in results), leaves, fixed=given)
+    return variant, tuple(r.meta["val"] for r in results)
+
+
+def results_of(graph_module: torch.fx.GraphModule) -> tuple[torch.fx.Node, ...] | None:
+    """The nodes that a traced function returns, one tensor or several; None where it returns something else."""
+    returned: Any = graph_module.graph.output_node().args[0]
+    results = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+    return results if results and all(isinstance(r, torch.fx.Node) for r in results) else None
 
 
 def _literals(
-    pattern: str, first: Value, second: Value, before: Mapping[str, float], after: Mapping[str, float]
+    pattern: str, first: Sequence[Value], second: Variant, before: Mapping[str, float], after: Mapping[str, float]
 ) -> dict[tuple[Value, str], LiteralUse]:
     """The numbers that differ between two traces, as uses of the literals that were `before` and `after`."""
     uses: dict[tuple[Value, str], LiteralUse] = {}
-    for a, b in itertools.zip_longest(first.walk(), second.walk()):
+    for a, b in itertools.zip_longest(first, (v for root in second.roots for v in root.walk())):
         if a is None or b is None or (a.op, len(a.args), len(a.attrs)) != (b.op, len(b.args), len(b.attrs)):
             raise PatternError(
                 f"pattern {pattern!r}: its form depends on the value of a number among {', '.join(before)}"

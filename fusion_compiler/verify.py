@@ -48,7 +48,7 @@ def compare(gm: GraphModule, original: Node, fused: Node, listener: Listener, *,
     """
     key = len(_listeners)
     _listeners[key] = (listener, strict, name)
-    builder = Builder(gm, original.next, origin=original)
+    builder = Builder(gm, max(original, fused).next, origin=original)
     return builder.call(torch.ops.fusion_compiler.verify.default, original, fused, key)
 
 

@@ -21,13 +21,13 @@ from fusion_compiler.cost.roofline import roofline
 from fusion_compiler.fused import Declared, FusedOp, Site
 from fusion_compiler.kernels import RegisteredKernel, kernels_of
 from fusion_compiler.machine import Machine
-from fusion_compiler.splice import Builder, SpliceError, same_sizes
+from fusion_compiler.shapes import extent
+from fusion_compiler.splice import Builder, SpliceError
 from fusion_compiler.torch_private.functional_trace import functional_trace
+from fusion_compiler.variants import results_of
 
-NONE = (
-    "no kernel is registered for {0}; Inductor makes one kernel of pointwise operations and reductions already, so "
-    "none is generated for them (fusion_compiler.register_kernel offers yours)"
-)
+NONE = "no kernel is registered for {0} and none is generated: {1} (fusion_compiler.register_kernel offers yours)"
+POINTWISE = "Inductor makes one kernel of pointwise operations already"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RegisteredKernels:
         if found:
             return found
         elsewhere = [f"{k.name} is for {', '.join(sorted(k.machines or ()))}" for k in known]
-        return Unavailable("; ".join(elsewhere) if elsewhere else NONE.format(op.pattern))
+        return Unavailable("; ".join(elsewhere) if elsewhere else NONE.format(op.pattern, op.ungenerated or POINTWISE))
 
 
 def _candidate(op: Declared, kernel: RegisteredKernel, machine: Machine) -> Candidate:
@@ -62,9 +62,9 @@ def _candidate(op: Declared, kernel: RegisteredKernel, machine: Machine) -> Cand
 
 
 def _traffic(op: Declared) -> Traffic:
-    """Every operand read once, the result written once."""
+    """Every operand read once, the results written once."""
     read = sum((_bytes(a) for a in op.arguments if isinstance(a, torch.Tensor)), 0)
-    return Traffic(op.flops, read, _bytes(op.out), 1)
+    return Traffic(op.flops, read, sum((_bytes(out) for out in op.out), 0), 1)
 
 
 def _bytes(value: torch.Tensor) -> Any:
@@ -82,26 +82,31 @@ def _stated(kernel: RegisteredKernel, machine: Machine, op: Declared) -> Amount:
     return float(seconds)
 
 
-def _emit(op: Declared, kernel: RegisteredKernel, builder: Builder, site: Site) -> Node:
-    """Adds the kernel's nodes to the graph; returns the one in the shape and dtype of `site.output`."""
+def _emit(op: Declared, kernel: RegisteredKernel, builder: Builder, site: Site) -> tuple[Node, ...]:
+    """Adds the kernel's nodes to the graph; returns those in the shapes and dtypes of the site's outputs."""
     operands = [
         builder.call(torch.ops.aten.permute.default, node, [1, 0]) if turned else node
         for node, turned in zip(site.operands, op.transposed, strict=True)
     ]
-    result = inline(builder, kernel, op, operands)
-    value, wanted = result.meta["val"], op.out
-    if not isinstance(value, torch.Tensor) or not same_sizes(value.shape, wanted.shape) or value.dtype != wanted.dtype:
+    results = inline(builder, kernel, op, operands)
+    returned, wanted = ([_kind(v) for v in values] for values in ([r.meta["val"] for r in results], op.out))
+    if returned != wanted:
         raise SpliceError(
-            f"kernel {kernel.name!r} returns {_kind(value)} where pattern {op.pattern!r} returns {_kind(wanted)}"
+            f"kernel {kernel.name!r} returns {' and '.join(returned)} where pattern {op.pattern!r} returns "
+            f"{' and '.join(wanted)}"
         )
-    output = site.output.meta["val"]
-    if value.dtype != output.dtype:
-        result = builder.call(torch.ops.prims.convert_element_type.default, result, output.dtype)
-    return builder.reshape(result, list(output.shape))
+    return tuple(_like(builder, results[i], o) for i, o in zip(op.kept, site.outputs, strict=True))
 
 
-def inline(builder: Builder, kernel: RegisteredKernel, op: Declared, operands: list[Node]) -> Node:
-    """The nodes of the kernel's function on `operands`; returns the one that holds its result."""
+def _like(builder: Builder, result: Node, output: Node) -> Node:
+    wanted = output.meta["val"]
+    if result.meta["val"].dtype != wanted.dtype:
+        result = builder.call(torch.ops.prims.convert_element_type.default, result, wanted.dtype)
+    return builder.reshape(result, list(wanted.shape))
+
+
+def inline(builder: Builder, kernel: RegisteredKernel, op: Declared, operands: list[Node]) -> tuple[Node, ...]:
+    """The nodes of the kernel's function on `operands`; returns those that hold its results."""
 
     def call(*tensors: torch.Tensor) -> Any:
         rest = iter(tensors)
@@ -117,12 +122,11 @@ def inline(builder: Builder, kernel: RegisteredKernel, op: Declared, operands: l
         if node.op == "call_function":
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), here.__getitem__)
             here[node] = builder.call(node.target, *args, **kwargs)
-    result = traced.graph.output_node().args[0]
-    if not isinstance(result, Node):
-        raise SpliceError(f"kernel {kernel.name!r} returns {type(result).__name__}, not one tensor")
-    if _shares_memory(here[result], operands):
-        return builder.call(torch.ops.aten.clone.default, here[result])
-    return here[result]
+    results = results_of(traced)
+    if results is None:
+        raise SpliceError(f"kernel {kernel.name!r} returns something else than tensors")
+    found = (here[result] for result in results)
+    return tuple(builder.call(torch.ops.aten.clone.default, n) if _shares_memory(n, operands) else n for n in found)
 
 
 def _shares_memory(node: Node, operands: list[Node]) -> bool:
@@ -132,4 +136,4 @@ def _shares_memory(node: Node, operands: list[Node]) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    return f"{value.dtype} {tuple(map(extent, value.shape))}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import FusedOp, MatmulFamily
+from ...fused import FusedOp, MatmulFamily, RowReduction
 from ...machine import Machine
-from . import matmul
+from . import matmul, row_reduction
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class TritonCodegen:
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
         if isinstance(op, MatmulFamily):
             return matmul.candidates(op, machine)
+        if isinstance(op, RowReduction):
+            return row_reduction.candidates(op, machine)
         return []
 
 
