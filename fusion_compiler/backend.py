@@ -271,10 +271,13 @@ def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:
     edges = [(source, node) for node in gm.graph.nodes for source in node.all_input_nodes]
     winners = select.best(items, edges)
     lost = {id(fused[i]): items[i] for i in set(range(len(fused))) - set(winners)}
+    unread = {id(fused[i]) for i in winners} - _read(gm, [fused[i] for i in winners])
     result = []
     for j in judged:
         item = lost.get(id(j))
-        if item is not None:
+        if id(j) in unread:
+            j = j.kept("the fusions that read its result compute it themselves, so nothing is left to do here")
+        elif item is not None:
             rival = next((fused[i].decision for i in winners if items[i].exclusive & item.exclusive), None)
             j = j.kept(
                 f"{rival.pattern} at {rival.where} takes some of the same nodes; together the chosen fusions save more"
@@ -283,6 +286,23 @@ def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:
             )
         result.append(j)
     return result
+
+
+def _read(gm: GraphModule, chosen: Sequence[Judged]) -> set[int]:
+    """Identities of the fusions whose result somebody still needs once all of them are carried out."""
+    at = {output: j for j in chosen for output in j.site.outputs}
+    found: set[int] = set()
+    seen: set[Node] = set()
+    stack = [n for n in gm.graph.nodes if n.op == "output" or n.is_impure()]
+    while stack:
+        node = stack.pop()
+        j = at.get(node)
+        if j is not None:
+            found.add(id(j))
+        fresh = [n for n in (j.site.operands if j else node.all_input_nodes) if n not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return found
 
 
 def check_device(gm: GraphModule, target: Machine | None) -> None:

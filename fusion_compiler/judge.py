@@ -288,9 +288,15 @@ class _Context:
             kernel=way.candidate.kernel if way else "",
             ranges=ranges,
             node=self.match.site.output.name,
-            nodes=tuple(n.name for n in _replaced(way.offer.site if way else self.match.site)),
+            nodes=tuple(n.name for n in self._concerned(way)),
             details=(way.candidate.details if way else ()) + self._facts(),
         )
+
+    def _concerned(self, way: _Way | None) -> list[Node]:
+        """The nodes that are replaced, or would be, with those of a norm that is folded in, whoever else reads it."""
+        site = way.offer.site if way else self.match.site
+        folded = [n for n in self.match.prologue if n in site.interior]
+        return sorted({*_replaced(site), *folded})
 
     def _facts(self) -> tuple[tuple[str, float], ...]:
         op = self.match.op

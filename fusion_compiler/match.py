@@ -34,7 +34,8 @@ class Match:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """The root of a pattern was there but not the rest: the node that broke it, and why, in a sentence."""
+    """The root of a pattern was there but not the rest: the node that broke it, and why, in a sentence. `root` is the
+    node that would have been the output, where that is another one."""
 
     pattern: str
     node: Node
@@ -43,13 +44,18 @@ class NearMiss:
 
 
 def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[Match], list[NearMiss]]:
-    """What every pattern found and almost found in a graph."""
+    """What every pattern found and almost found in a graph.
+
+    What an earlier pattern matched is no near miss of a later one: users' patterns come before the built-in ones, and
+    of these a part (a norm) before the whole (a residual and its norm).
+    """
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
     for pattern in patterns:
         found, almost = pattern.find(view)
+        taken = {output for m in matches for output in m.site.outputs}
         matches += found
-        near_misses += almost
+        near_misses += [n for n in almost if n.root not in taken]
     outputs = {m.site.output for m in matches}
     return _share_prologues(matches), [n for n in near_misses if n.node not in outputs]
 

@@ -19,6 +19,9 @@ NORMS = ("rms_norm", "layer_norm")
 def normalise_product(algebra: Algebra, factors: Sequence[Value]) -> Value:
     """The product of `factors`, with means and norms recognised in it."""
     factors = _mean_of_sum(algebra, list(factors))
+    shifted = _scaled_shift(algebra, factors)
+    if shifted is not None:
+        return shifted
     for recognise in (_norm, _weight):
         found = recognise(algebra, factors)
         if found is not None:
@@ -37,6 +40,61 @@ def normalise_sum(algebra: Algebra, terms: Sequence[Value]) -> Value:
             if bias is not None:
                 return algebra.make("layer_norm", *norm.args, bias, **dict(norm.attrs))
     return algebra.add(*terms)
+
+
+def _scaled_shift(algebra: Algebra, factors: Sequence[Value]) -> Value | None:
+    """c·(x − max x) as c·x − max(c·x), which it is for c > 0: Inductor turns the second into the first in softmax."""
+    scale, *others = sorted(factors, key=lambda f: f.op != "const")
+    maximum = shift_of(algebra, others[0]) if len(others) == 1 and scale.op == "const" else None
+    if maximum is None or scale.attr("value") <= 0:
+        return None
+    x = maximum.args[0].args[0] if maximum.op == "bcast" else maximum.args[0]
+    scaled = normalise_product(algebra, [scale, *(x.args if x.op == "mul" else [x])])
+    largest = algebra.make("amax", scaled, size=(maximum.args[0] if maximum.op == "bcast" else maximum).attr("size"))
+    repeated = algebra.bcast(largest, maximum.attr("groups")) if maximum.op == "bcast" else largest
+    return algebra.add(scaled, algebra.neg(repeated))
+
+
+def shift_of(algebra: Algebra, value: Value) -> Value | None:
+    """The repeated max(x) where `value` is x − max(x)."""
+    if value.op != "add":
+        return None
+    for term in value.args:
+        if term.op == "mul" and len(term.args) == 2 and term.args[0].op == "const" and term.args[0].attr("value") == -1:
+            repeated = term.args[1]
+            largest = repeated.args[0] if repeated.op == "bcast" else repeated
+            rest = [t for t in value.args if t is not term]
+            if largest.op == "amax" and (rest[0] if len(rest) == 1 else algebra.add(*rest)) is largest.args[0]:
+                return repeated
+    return None
+
+
+RESEMBLES = (
+    "rows are divided by a statistic of their squares, as a norm does, but this is no norm: that is x · rsqrt(mean(x²) "
+    "+ eps), or the same of x − mean(x), with the mean over the last axis; written so, it is found"
+)
+
+
+def resembles(value: Value) -> bool:
+    """Whether `value` divides rows by a statistic of their squares and yet is no norm."""
+    if value.op != "mul":
+        return False
+    repeated = [f.args[0] for f in value.args if f.op == "bcast" and f.args[0].op == "pow"]
+    return any(f.attr("exponent") < 0 and _of_squares(f.args[0]) for f in repeated)
+
+
+def nearly(value: Value, steps: int = 5) -> bool:
+    """Whether `value` is computed in a few steps from something that resembles a norm, or is one."""
+    if value.op in NORMS or resembles(value):
+        return True
+    return steps > 0 and value.op in ("add", "mul", "bcast", "cast", "slice") and any(nearly(a, steps - 1) for a in value.args)
+
+
+def _of_squares(value: Value, steps: int = 5) -> bool:
+    if value.op in ("mean", "sum", "var"):
+        return value.op == "var" or (value.args[0].op == "pow" and value.args[0].attr("exponent") == 2.0)
+    inner = value.op in ("add", "mul", "pow", "maximum") and steps > 0
+    return inner and any(_of_squares(a, steps - 1) for a in value.args)
 
 
 def _variance_of_moments(algebra: Algebra, terms: list[Value]) -> list[Value]:

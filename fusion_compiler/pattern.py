@@ -36,7 +36,7 @@ from .arguments import Binder
 from .fused import FusedOp, Site
 from .kernels import kernels_of
 from .match import Match, NearMiss
-from .norms import NORMS
+from .norms import NORMS, RESEMBLES, resembles
 from .row_reduction import REDUCTIONS
 from .semantics import SemanticView
 from .sites import interior_between, outputs_of
@@ -108,7 +108,10 @@ class Pattern:
         matched: dict[Value, list[Match]] = {}
         missed: list[tuple[Value, NearMiss]] = []
         binder = Binder(view, self.name, self.function)
+        of_norms = any(v.root.op in NORMS for v in self.variants)
         for value in view.values():
+            if of_norms and resembles(value) and view.nodes(value):
+                missed.append((value, NearMiss(self.name, view.nodes(value)[0], RESEMBLES, view.nodes(value)[0])))
             variants = [v for v in self.variants if v.root.op == value.op]
             for output in outputs_of(view, value) if variants else ():
                 found = self._at(binder, value, output, variants)
@@ -117,7 +120,8 @@ class Pattern:
                 elif isinstance(found, NearMiss):
                     missed.append((value, found))
         matches = [m for found in matched.values() for m in found]
-        inside = {node for m in matches for node in m.site.interior if node is not m.site.output}
+        # a node that others read too is no mere part of the match that contains it
+        inside = {n for m in matches for n in m.site.interior if n not in (*m.site.outputs, *m.site.escaping)}
         # what fails one step above a match (the residual added to a linear that matched) or inside of one (the tanh of
         # a hand-written gelu) is no near miss, and what matches inside of one is part of it
         near_misses = [n for value, n in missed if n.root not in inside and not any(a in matched for a in value.args)]

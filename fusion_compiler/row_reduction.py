@@ -25,6 +25,7 @@ from .sites import site_of
 
 REDUCTIONS = ("mean", "sum", "amax", "var")
 Kind = Literal["full", "row", "col", "scalar"]
+PROLOGUE = 4  # times that operands are replaced by what they are computed from
 _SPACES: dict[tuple[bool, ...], Kind] = {(True, False): "row", (False, True): "col", (False,): "scalar"}
 
 
@@ -35,12 +36,29 @@ class _Refused(Exception):
 def build(
     view: SemanticView, results: Mapping[Value, Node], operands: Iterable[Value]
 ) -> tuple[RowReduction, Site] | str:
-    """`results` (the values and the nodes that hold them, the last in the graph first) as one reduction of rows that
-    reads what `operands` are bound to. Returns a sentence where they cannot be one."""
-    try:
-        return _Builder(view, results, operands).build()
-    except _Refused as refusal:
-        return str(refusal)
+    """`results` (the values and the nodes that hold them, the last in the graph first) as one reduction of rows.
+
+    It reads what `operands` are bound to, or, where an operand is computed by pointwise operations for this alone,
+    what it is computed from. Returns a sentence where they cannot be one.
+    """
+    border, found = set(operands), None
+    for _ in range(PROLOGUE):
+        try:
+            found = _Builder(view, results, border).build()
+        except _Refused as refusal:
+            return found or str(refusal)
+        opened = {view.value(n) for n in found[1].operands if _only_for(found[1], n)} & border
+        opened = {v for v in opened if v.op in POINTWISE}
+        if not opened:
+            break
+        border -= opened
+    return found or ""
+
+
+def _only_for(site: Site, operand: Node) -> bool:
+    inside = set(site.interior)
+    base = base_of(operand)
+    return is_pointwise(base) and all(r in inside for r in readers_of(base))
 
 
 class _Builder:
@@ -99,7 +117,7 @@ class _Builder:
         make = self.algebra.make
         if value.op == "const":
             return value
-        if value in self.operands:
+        if value in self.operands and self.view.nodes(value):
             return self._extra(space, value)
         if value.op == "bcast":
             inner = _SPACES.get(tuple(kept for _, kept in value.attr("groups")))
@@ -184,23 +202,25 @@ def _one_per_row(value: Value) -> bool:
 def apart(site: Site) -> Any:
     """Bytes that one kernel of the site's nodes and of their pointwise neighbours would not move.
 
-    A neighbour that makes an operand shares Inductor's kernel unless a library call lies between it and the site.
+    Neighbours share Inductor's kernel unless a library call lies between them and the site.
     """
-    inside = set(site.interior)
-    moved: Any = 0
-    made = {node: base_of(node) for node in site.operands}
-    calls = [b for b in made.values() if is_library_call(b)]
-    for node, base in made.items():
-        if is_compute(base) and not is_library_call(base) and not is_constant(base):
-            if any(_depends(call, base) for call in calls):
-                continue
+    inside, moved = set(site.interior), 0
+    bases = [base_of(node) for node in site.operands]
+    for node, base in zip(site.operands, bases, strict=True):
+        if is_pointwise(base) and not _call_between(base, bases):
             kept = any(r not in inside for r in readers_of(base))
             moved = moved + _bytes(node) * (1 if kept else 2)
     for output in site.outputs:
         readers = [r for r in readers_of(output) if r not in inside]
-        if readers and all(is_compute(r) and not is_library_call(r) for r in readers):
-            moved = moved + 2 * _bytes(output)
+        near = [r for r in readers if is_pointwise(r) and not any(_call_between(o, [r]) for o in site.outputs)]
+        if near:
+            moved = moved + _bytes(output) * (2 if len(near) == len(readers) else 1)
     return moved
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether Inductor makes a loop of its own for the node."""
+    return is_compute(node) and not is_library_call(node) and not is_constant(node)
 
 
 def _bytes(node: Node) -> Any:
@@ -208,14 +228,16 @@ def _bytes(node: Node) -> Any:
     return product(value.shape) * value.dtype.itemsize
 
 
-def _depends(node: Node, on: Node) -> bool:
-    """Whether `node` is computed from `on`; looks at the nodes between the two only."""
-    seen, stack = {node}, [node]
+def _call_between(first: Node, last: Iterable[Node]) -> bool:
+    """Whether a library call depends on `first` and one of `last` on that call."""
+    depends: dict[Node, bool] = {first: True}
+    stack = list(last)
     while stack:
-        for source in stack.pop().all_input_nodes:
-            if source is on:
-                return True
-            if source not in seen and source > on:
-                seen.add(source)
-                stack.append(source)
-    return False
+        node = stack[-1]
+        fresh = [n for n in node.all_input_nodes if n > first and n not in depends]
+        if node not in depends and fresh:
+            stack.extend(fresh)
+            continue
+        stack.pop()
+        depends.setdefault(node, any(depends.get(n, False) for n in node.all_input_nodes))
+    return any(reached and is_library_call(node) for node, reached in depends.items() if node is not first)

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from .algebra import Value
+from .norms import NORMS, nearly
 
 _COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "eq", "ne", "logical_and", "logical_or"})
 # Attributes that say how large the tensors of the example were and how they were stored, not what is computed.
@@ -47,8 +48,9 @@ class LiteralUse:
 class Variant:
     """One raised form of a pattern: its roots, its parameters among the leaves, its literals among the numbers.
 
-    `roots` are what the function returns, in order. `literals` are keyed by a value and the name of the attribute of it that holds the number. `fixed` holds the
-    parameters that the form has decided: the alternative of a choice, None for an optional parameter left out.
+    `roots` are what the function returns, in order. `literals` are keyed by a value and the name of the attribute of it
+    that holds the number. `fixed` holds the parameters that the form has decided: the alternative of a choice, None for
+    an optional parameter left out.
     """
 
     roots: tuple[Value, ...]
@@ -225,27 +227,14 @@ def _close(wanted: Any, found: Any) -> bool:
 
 # Operations that stand in every model; having met only these, a pattern was not really there.
 _COMMON = frozenset({"add", "mul", "bcast", "linear", "pow"})
-_REDUCTIONS = frozenset({"mean", "sum", "var", "amax"})
-_NORMS = frozenset({"rms_norm", "layer_norm"})
 
 
 def is_telling(reached: Furthest) -> bool:
     """Whether a partial match is worth a sentence: something of the pattern's own had matched, or what stands in the
-    place of a norm reduces its rows as a norm does."""
+    place of a norm nearly is one."""
     if any(v.op not in _COMMON for v in reached.matched):
         return True
-    return reached.wanted.op in _NORMS and _reduces(reached.found)
-
-
-def _reduces(value: Value, steps: int = 5) -> bool:
-    """Whether `value` is arithmetic on a row statistic, as every norm is."""
-    if value.op in _REDUCTIONS | _NORMS:
-        return True
-    return (
-        steps > 0
-        and value.op in ("add", "mul", "pow", "bcast", "cast", "slice")
-        and any(_reduces(a, steps - 1) for a in value.args)
-    )
+    return reached.wanted.op in NORMS and nearly(reached.found)
 
 
 _OWN_WEIGHTS = ("aten.bmm.default", "aten.baddbmm.default", "aten._grouped_mm.default")
@@ -253,7 +242,7 @@ _OWN_WEIGHTS = ("aten.bmm.default", "aten.baddbmm.default", "aten._grouped_mm.de
 
 def _instead(wanted: Value, found: Value) -> str:
     """What was expected and what stands there, with the cure where one is known."""
-    if wanted.op in _NORMS and found.op == "slice":
+    if wanted.op in NORMS and found.op == "slice":
         return (
             f"a norm was expected here, and this is part of {describe(found.args[0])}; take the part before the norm, "
             "as in norm(x[:, 0]), and the norm can be folded in"

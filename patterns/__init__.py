@@ -10,11 +10,14 @@ import sys
 from fusion_compiler.pattern import AnyPattern
 from fusion_compiler.registry import PatternPackage
 
+from .add_norm import add_norm
 from .attention import attention
 from .gated_mlp import gated_mlp
 from .linear_act import linear_act
+from .norm import norm
 from .norm_linear import norm_linear
+from .softmax import softmax
 
-BUILTIN: tuple[AnyPattern, ...] = (gated_mlp, linear_act, norm_linear, attention)
+BUILTIN: tuple[AnyPattern, ...] = (gated_mlp, linear_act, norm_linear, attention, norm, add_norm, softmax)
 
 sys.modules[__name__].__class__ = PatternPackage

@@ -234,6 +234,12 @@ def test_neighbours_count_for_inductor() -> None:
     assert seconds[1] > 1.5 * seconds[0] and between.verdict == "kept"
 
 
+def test_a_pointwise_prologue_is_read_through() -> None:
+    made = decision(lambda x, s: torch.softmax(torch.tanh(x + s) * 0.5, -1), (4096, 4096), (4096,), case="softmax")
+    after = next(c.work for c in made.candidates if c.name == "triton_rows")
+    assert after is not None and after.bytes == 2 * (2 * 4096 * 4096 + 4096) and made.verdict == "fused"
+
+
 def test_symbolic_rows() -> None:
     made = decision(CASES["layer_norm"][0], (64, 512), (512,), (512,), case="layer_norm", dynamic=True)
     assert "triton_rows" in [c.name for c in made.candidates]
@@ -256,8 +262,8 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     found = []
     for case, n, dtype in (
-        ("layer_norm", 4096, torch.bfloat16), ("residual and norm", 100, torch.float16), ("softmax", 16384, torch.float32),
-        ("two results", 40000, torch.bfloat16), ("maximum", 64, torch.bfloat16),
+        ("layer_norm", 4096, torch.bfloat16), ("residual and norm", 100, torch.float16),
+        ("softmax", 16384, torch.float32), ("two results", 40000, torch.bfloat16), ("maximum", 64, torch.bfloat16),
     ):  # fmt: skip
         _, _, op = matched(case, inputs_of(case, (5,), dtype, n))
         plan = row_reduction.plan_of(op)

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..algebra import Value
+from ..norms import shift_of
 from ..shapes import TRANSPARENT_DTYPES
 from .registry import Rule, rule
 
@@ -46,4 +47,6 @@ def _where(view: SemanticView, node: Node) -> Value | None:
     if node.meta["val"].dtype not in TRANSPARENT_DTYPES:
         return None
     condition, a, b = (view.operand(argument, node) for argument in node.args)
+    if a is not None and a is b and shift_of(view.algebra, a) is not None:
+        return a  # Inductor computes the exponents of a scaled softmax in two ways and takes the finite one
     return None if condition is None or a is None or b is None else view.algebra.where(condition, a, b)
