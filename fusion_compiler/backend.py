@@ -24,7 +24,7 @@ from . import layout, measure, registry, select, splice, verify
 from . import report as reporting
 from .candidates import Candidate, Unavailable
 from .config import Options
-from .fused import Site
+from .fused import Declared, Site
 from .judge import Offer, judge, offer
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
@@ -235,7 +235,7 @@ def judge_all(
             continue
         offers = []
         for op, site in ((match.op, match.site), *match.alternatives):
-            refusal = legality.check(site)
+            refusal = legality.check(site, complex_numbers=isinstance(op, Declared))
             if refusal is None:
                 offers.append(offer(op, site, target, offering))
             else:

@@ -204,6 +204,7 @@ class Declared:
     sizes: tuple[Size, ...]  # the symbolic ones among the arguments' sizes
     kept: tuple[int, ...] = (0,)
     ungenerated: str = ""  # why no kernel is generated for it
+    respelled: str = ""  # says how, where the function itself is a better spelling of what stands in the graph
 
 
 FusedOp = MatmulFamily | RowReduction | Attention | Declared

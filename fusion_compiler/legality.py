@@ -39,9 +39,15 @@ class Legality:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.writes = [(node, written) for node in graph.nodes for written in mutated(node)]
 
-    def check(self, site: Site) -> str | None:
-        """Why `site` must not be replaced by one node, or None."""
-        return _values(site) or self._late_operand(site) or _escapes(site) or _randomness(site) or self._mutation(site)
+    def check(self, site: Site, *, complex_numbers: bool = False) -> str | None:
+        """Why `site` must not be replaced by one node, or None. `complex_numbers`: these are no obstacle."""
+        return (
+            _values(site, complex_numbers)
+            or self._late_operand(site)
+            or _escapes(site)
+            or _randomness(site)
+            or self._mutation(site)
+        )
 
     def _late_operand(self, site: Site) -> str | None:
         place = self.position[site.place]
@@ -71,7 +77,7 @@ class Legality:
         return None
 
 
-def _values(site: Site) -> str | None:
+def _values(site: Site, complex_numbers: bool) -> str | None:
     home = site.output.meta["val"].device if isinstance(site.output.meta.get("val"), torch.Tensor) else None
     if home is None:
         return f"{site.output.name} is not one tensor"
@@ -79,7 +85,7 @@ def _values(site: Site) -> str | None:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or (value.dim() == 0 and node not in site.operands):
             continue  # a constant of the formula
-        if value.is_complex():
+        if value.is_complex() and not complex_numbers:
             return f"{_named(node)} is complex ({value.dtype}); fused kernels handle real numbers"
         if value.is_floating_point() and value.dtype not in FLOATS:
             return f"{_named(node)} is {value.dtype}; fused kernels take float16, bfloat16 and float32"

@@ -87,7 +87,11 @@ def nearly(value: Value, steps: int = 5) -> bool:
     """Whether `value` is computed in a few steps from something that resembles a norm, or is one."""
     if value.op in NORMS or resembles(value):
         return True
-    return steps > 0 and value.op in ("add", "mul", "bcast", "cast", "slice") and any(nearly(a, steps - 1) for a in value.args)
+    return (
+        steps > 0
+        and value.op in ("add", "mul", "bcast", "cast", "slice")
+        and any(nearly(a, steps - 1) for a in value.args)
+    )
 
 
 def _of_squares(value: Value, steps: int = 5) -> bool:

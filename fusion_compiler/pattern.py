@@ -240,13 +240,16 @@ def ask(constraint: Constraint, facts: Mapping[str, Any]) -> str | None:
 class RecognisedPattern:
     """A pattern that code of its own looks for, where one function cannot say what all may vary.
 
-    `function` is one spelling of it, which the examples run where they bring no other.
+    `function` is one spelling of it, which the examples run where they bring no other. `computes` is what a kernel
+    registered for the pattern has to compute, of the arguments that it documents; `arguments` makes an example of them.
     """
 
     name: str
     function: Callable[..., Any]
     find: Callable[[SemanticView], tuple[list[Match], list[NearMiss]]]
     examples: tuple[Example, ...] = field(default=(), compare=False)
+    computes: Callable[..., Any] | None = None
+    arguments: Callable[[], Mapping[str, Any]] = dict
 
 
 class AnyPattern(Protocol):

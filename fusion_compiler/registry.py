@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from . import kernels
 from .config import OptionError, hint
 from .kernels import RegisteredKernel
 from .machine import TABLE, Machine
-from .pattern import AnyPattern, Pattern
+from .pattern import AnyPattern, Pattern, RecognisedPattern
 from .torch_private import fake_tensors
 from .variants import PatternError, example_arguments
 
@@ -57,7 +57,7 @@ def patterns() -> list[PatternInfo]:
             _description(p),
             "registered" if name in _registered else "built-in",
             name not in _disabled,
-            tuple(k.name for k in kernels.kernels_of(p.function)),
+            tuple(k.name for k in kernels.kernels_of(_computed_by(p))),
         )
         for name, p in _known().items()
     ]
@@ -133,9 +133,10 @@ def register_kernel(
 ) -> RegisteredKernel:
     """Offers `function` wherever `pattern` matches; it runs where it is predicted to be fastest.
 
-    function: takes the pattern's arguments in order and returns what the pattern returns. Plain PyTorch: ATen
-              operators, a `torch.library.custom_op`, a Triton kernel in a `torch.library.triton_op`. Absent optional
-              arguments are None, literals numbers, choices the chosen alternative.
+    function: takes the pattern's arguments in order and returns what the pattern returns; for "attention" and "rope"
+              these are the arguments of `attention.attention` and `rope.rope` here. Plain PyTorch: ATen operators, a
+              `torch.library.custom_op`, a Triton kernel in a `torch.library.triton_op`. Absent optional arguments are
+              None, literals numbers, choices the chosen alternative.
     machines: where it may run: names ("h200"), kinds ("cuda", "rocm", "cpu") or `Machine`s; None: everywhere.
     cost:     cost(machine, *arguments) gives its seconds; the arguments are those of `function`, tensors without data.
               None: every input read once and the output written once, and the arithmetic done, at the machine's rates.
@@ -146,7 +147,7 @@ def register_kernel(
     found = _find(pattern)
     called = name or str(getattr(function, "__name__", None) or getattr(function, "_name", type(function).__name__))
     _check_kernel(found, function, called)
-    kernel = RegisteredKernel(called, found.name, found.function, function, _machines(machines), cost)
+    kernel = RegisteredKernel(called, found.name, _computed_by(found), function, _machines(machines), cost)
     kernels.add(kernel)
     return kernel
 
@@ -195,15 +196,20 @@ def _description(pattern: AnyPattern) -> str:
 
 
 # ---- what is wrong with a kernel ------------------------------------------------------------------
-def _find(pattern: AnyPattern | str) -> Pattern:
+def _find(pattern: AnyPattern | str) -> Pattern | RecognisedPattern:
     found = _known()[_existing([pattern])[0]] if isinstance(pattern, str) else pattern
     _check(found, "register_kernel")
-    if not isinstance(found, Pattern):
+    if not isinstance(found, Pattern) and getattr(found, "computes", None) is None:
         raise KernelError(
             f"pattern {found.name!r} is recognised by code of its own, which binds no arguments to give to a kernel; "
             "declare a pattern with @fusion_compiler.pattern for it"
         )
-    return found
+    return cast(Pattern | RecognisedPattern, found)
+
+
+def _computed_by(pattern: AnyPattern) -> Callable[..., Any]:
+    """What a kernel for the pattern has to compute."""
+    return getattr(pattern, "computes", None) or pattern.function
 
 
 def _machines(machines: Iterable[str | Machine] | None) -> frozenset[str] | None:
@@ -217,24 +223,20 @@ def _machines(machines: Iterable[str | Machine] | None) -> frozenset[str] | None
     return found
 
 
-def _check_kernel(pattern: Pattern, function: Callable[..., Any], name: str) -> None:
+def _check_kernel(pattern: Pattern | RecognisedPattern, function: Callable[..., Any], name: str) -> None:
     """Binds and runs the kernel without data on the pattern's first example."""
-    parameters = pattern.parameters
+    example = _example(pattern)
     try:
-        inspect.signature(function).bind(*parameters.names)
+        inspect.signature(function).bind(*example)
     except TypeError as error:
         raise KernelError(
-            f"kernel {name!r} for pattern {pattern.name!r} must take {len(parameters.names)} arguments, "
-            f"{', '.join(parameters.names)}, in this order: {error}"
+            f"kernel {name!r} for pattern {pattern.name!r} must take {len(example)} arguments, "
+            f"{', '.join(example)}, in this order: {error}"
         ) from None
     mode = fake_tensors.new_mode()
-    example = example_arguments(pattern.name, parameters, pattern.examples[0].inputs)
-    given: dict[str, Any] = {n: mode.from_tensor(t) for n, t in example.items()}
-    given |= {n: literal.default for n, literal in parameters.literals.items()}
-    given |= {n: choice.alternatives[0] for n, choice in parameters.choices.items()}
-    arguments = [given[n] for n in parameters.names]
+    arguments = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in example.values()]
     with mode, torch.no_grad():
-        wanted = pattern.function(*arguments)
+        wanted = _computed_by(pattern)(*arguments)
         try:
             result = function(*arguments)
         except Exception as error:
@@ -247,6 +249,17 @@ def _check_kernel(pattern: Pattern, function: Callable[..., Any], name: str) -> 
             f"kernel {name!r} for pattern {pattern.name!r} returns {_kind(result)} on the pattern's first example, "
             f"where the pattern returns {_kind(wanted)}"
         )
+
+
+def _example(pattern: Pattern | RecognisedPattern) -> dict[str, Any]:
+    """An example of what kernels are called with, by parameter."""
+    if isinstance(pattern, RecognisedPattern):
+        return dict(pattern.arguments())
+    parameters = pattern.parameters
+    given: dict[str, Any] = example_arguments(pattern.name, parameters, pattern.examples[0].inputs)
+    given |= {n: literal.default for n, literal in parameters.literals.items()}
+    given |= {n: choice.alternatives[0] for n, choice in parameters.choices.items()}
+    return {n: given[n] for n in parameters.names}
 
 
 def _kind(value: Any) -> str:

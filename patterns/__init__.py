@@ -16,8 +16,18 @@ from .gated_mlp import gated_mlp
 from .linear_act import linear_act
 from .norm import norm
 from .norm_linear import norm_linear
+from .rope import rope
 from .softmax import softmax
 
-BUILTIN: tuple[AnyPattern, ...] = (gated_mlp, linear_act, norm_linear, attention, norm, add_norm, softmax)
+BUILTIN: tuple[AnyPattern, ...] = (
+    gated_mlp,
+    linear_act,
+    norm_linear,
+    attention,
+    norm,
+    add_norm,
+    softmax,
+    rope,
+)
 
 sys.modules[__name__].__class__ = PatternPackage

@@ -21,7 +21,9 @@ LONG: dict[str, str] = {
 # The only modules of the core that know which patterns and lowerings exist.
 WIRING = {f"fusion_compiler.{m}" for m in ("backend", "capture", "cli", "registry")}
 # What a pattern may be written with: the vocabulary, and the recognisers of what a plain function cannot express.
-VOCABULARY = {f"fusion_compiler.{m}" for m in ("algebra", "attention", "fused", "match", "pattern", "semantics")}
+VOCABULARY = {
+    f"fusion_compiler.{m}" for m in ("algebra", "attention", "fused", "match", "pattern", "rope", "semantics")
+}
 # Imported inside functions only, so that a machine without them can still load the compiler.
 LAZY = {
     "triton",

@@ -31,6 +31,7 @@ from .node_work import (
     is_attention,
     is_compute,
     is_constant,
+    is_fallback,
     is_library_call,
     mask_argument,
     matmul_sizes,
@@ -175,7 +176,7 @@ class _Planner:
         return Kernel(self._kind(group), tuple(n.name for n in group), traffic, l2, seconds)
 
     def _kind(self, group: list[Node]) -> str:
-        if is_library_call(group[0]):
+        if is_library_call(group[0]) and not is_fallback(group[0]):
             return "attention" if is_attention(group[0]) else "matmul"
         return "reduction" if any(name_of(n) in REDUCTIONS for n in group) else "pointwise"
 
@@ -245,7 +246,7 @@ class _Planner:
         if name_of(node) in MATMULS:
             batch, m, n, k, dtype = matmul_sizes(node)
             return library_matmul_seconds(m, n, k, dtype, machine, batch=batch, l2_bytes=l2, traffic=traffic)
-        if is_library_call(node):
+        if is_attention(node):
             return _attention_seconds(node, traffic, machine)
         loop = self.efficiency.reduction if self._kind(group) == "reduction" else self.efficiency.pointwise
         from_memory = traffic.bytes_read + traffic.bytes_written - l2

@@ -17,7 +17,7 @@ from .amounts import amount, is_symbolic, product
 MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 VIEWS = frozenset(
     "view reshape permute expand unsqueeze squeeze transpose t slice select alias detach as_strided getitem split "
-    "split_with_sizes chunk unbind _unsafe_view view_as lift_fresh_copy diagonal".split()
+    "split_with_sizes chunk unbind _unsafe_view view_as lift_fresh_copy diagonal view_as_complex view_as_real".split()
 )
 REDUCTIONS = frozenset(
     "sum mean amax amin max min prod any all argmax argmin var std var_mean logsumexp _softmax _log_softmax "
@@ -39,7 +39,12 @@ def name_of(node: Node) -> str:
 
 
 def is_library_call(node: Node) -> bool:
-    return name_of(node) in MATMULS or is_attention(node)
+    return name_of(node) in MATMULS or is_attention(node) or is_fallback(node)
+
+
+def is_fallback(node: Node) -> bool:
+    """A pointwise operation that Inductor leaves to torch's own kernel: those on complex numbers."""
+    return any(t.is_complex() for t in tensors_of(node)) and is_compute(node)
 
 
 def is_attention(node: Node) -> bool:

@@ -7,6 +7,7 @@ Inductor's own kernel nodes, any other operator is called as it is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, cast
@@ -41,6 +42,10 @@ class RegisteredKernels:
             return []
         known = kernels_of(op.function)
         found = [_candidate(op, kernel, machine) for kernel in known if kernel.serves(machine)]
+        if op.respelled:
+            own = RegisteredKernel("respelled", op.pattern, op.function, op.function)
+            again = _candidate(op, own, machine)
+            found.append(dataclasses.replace(again, name=own.name, kernel=f"Inductor's loops, {op.respelled}"))
         if found:
             return found
         elsewhere = [f"{k.name} is for {', '.join(sorted(k.machines or ()))}" for k in known]
