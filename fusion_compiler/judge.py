@@ -313,7 +313,7 @@ class _Context:
     def _reason(self, way: _Way | None, sizes: Mapping[sympy.Symbol, int]) -> str:
         before = Work.of(self.before.traffic, self.before.seconds, sizes)
         if way is not None:
-            return fused_reason(before, Work.of(way.traffic, way.seconds, sizes), way.measured)
+            return fused_reason(self.match.op, before, Work.of(way.traffic, way.seconds, sizes), way.measured)
         usable = [w for w in self.ways if fixed_at(w.candidate.valid, sizes) in (True, sympy.true)]
         best = min(usable, key=lambda w: at(w.seconds, sizes), default=None)
         unavailable = [u.reason for o in self.offers for _, u in o.unavailable]

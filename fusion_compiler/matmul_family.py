@@ -19,7 +19,7 @@ from .norms import NORMS
 from .raising.products import weight_value
 from .semantics import SemanticView
 from .shapes import Product, count, extent, shape_of
-from .sites import holding, interior_between, site_of
+from .sites import region, site_of
 
 _EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
 
@@ -89,7 +89,7 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     folded = _folded_norm(view, x_value, x_node, extent(k))
     if folded is not None:
         norm, head, normalised = folded
-        prologue = interior_between(normalised, holding(view, head))
+        prologue = region(view, (normalised,), head)
         families.append(Family(replace(op, norm=norm), site_of(view, output, (*head, *tail)), prologue))
     rows = next(n for n in view.nodes(x_value) if n.meta["val"].dtype == dtype)
     families.append(Family(op, site_of(view, output, (rows, *tail))))

@@ -35,14 +35,28 @@ def holding(view: SemanticView, nodes: Iterable[Node]) -> list[Node]:
 
 def site_of(view: SemanticView, output: Node, operands: tuple[Node, ...], others: tuple[Node, ...] = ()) -> Site:
     """The site of a fused op: its interior, and what of it stays because somebody outside reads it or needs it."""
-    border = holding(view, operands)
-    interior = tuple(sorted({n for result in (output, *others) for n in interior_between(result, border)}))
+    interior = region(view, (output, *others), operands)
     inside = set(interior)
     staying: set[Node] = set()
     for node in reversed(interior):
         if node not in (output, *others) and any(u not in inside or u in staying for u in node.users):
             staying.add(node)
     return Site(operands, output, interior, tuple(n for n in interior if n in staying), others)
+
+
+def region(view: SemanticView, outputs: Iterable[Node], operands: Iterable[Node]) -> tuple[Node, ...]:
+    """The nodes from which `outputs` are computed, back to `operands`; the casts and views of an operand that nothing
+    else reads are among them, as they die with the rest."""
+    operands = set(operands)
+    border = holding(view, operands)
+    inside = {n for output in outputs for n in interior_between(output, border)}
+    for node in sorted(set(border) - operands, reverse=True):
+        source = node
+        while source not in operands and source in border and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if source in operands and node.users and all(user in inside for user in node.users):
+            inside.add(node)
+    return tuple(sorted(inside))
 
 
 def outputs_of(view: SemanticView, value: Value) -> Sequence[Node]:

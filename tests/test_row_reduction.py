@@ -240,6 +240,41 @@ def test_a_pointwise_prologue_is_read_through() -> None:
     assert after is not None and after.bytes == 2 * (2 * 4096 * 4096 + 4096) and made.verdict == "fused"
 
 
+def rms(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w
+
+
+def add_rms(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rms(x + r, w), x + r
+
+
+@pytest.mark.parametrize(
+    ("function", "rows", "n", "operands", "inductor", "ours", "verdict"),
+    [
+        (CASES["softmax"][0], 4096, 4096, 0, 35.3, 19.6, "fused"),
+        (CASES["layer_norm"][0], 4096, 4096, 2, 26.9, 20.2, "fused"),
+        (rms, 4096, 2048, 1, 12.5, 10.4, "fused"),
+        (add_rms, 4096, 4096, 1, 36.6, 35.0, "kept"),
+        (rms, 4096, 1024, 1, None, None, "kept"),
+        (rms, 1024, 32768, 1, None, None, "kept"),
+        (CASES["softmax"][0], 1024, 32768, 0, None, None, "kept"),
+    ],
+)
+def test_verdicts_agree_with_what_was_measured(
+    function: Function, rows: int, n: int, operands: int, inductor: float | None, ours: float | None, verdict: str
+) -> None:
+    """Microseconds on an H200, bfloat16; None where they tied or ours lost."""
+    shapes = [(rows, n)] * (2 if function is add_rms else 1) + [(n,)] * operands
+    graph_module = traced(function, *shapes, dtype=torch.bfloat16)
+    made = backend.plan(graph_module, backend.parse_options({"machine": "h200", "strict": True}), "").report.decisions
+    decided = made[-1]
+    assert decided.verdict == verdict, decided.reason
+    if inductor is not None:
+        assert decided.before.seconds * 1e6 == pytest.approx(inductor, rel=0.25)
+        [candidate] = [c for c in decided.candidates if c.name == "triton_rows"]
+        assert candidate.work.seconds * 1e6 == pytest.approx(ours, rel=0.20)
+
+
 def test_symbolic_rows() -> None:
     made = decision(CASES["layer_norm"][0], (64, 512), (512,), (512,), case="layer_norm", dynamic=True)
     assert "triton_rows" in [c.name for c in made.candidates]

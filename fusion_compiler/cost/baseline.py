@@ -156,9 +156,11 @@ class _Planner:
     def _kernel(self, group: list[Node]) -> Kernel:
         members = set(group)
         space = maximum(*(space_of(n) for n in group))
-        passes, row = self._passes(group)
-        again = where(greater(row, self.efficiency.reduction.persistent_row), passes, 1) if passes > 1 else 1
-        read, l2 = self._reads(group, members, space, again)
+        passes, used, row = self._passes(group)
+        long = greater(row, self.efficiency.reduction.persistent_row)
+        cached = used and passes == 1  # as measured for norms; a softmax took the time of three readings from memory
+        passes += used and not cached
+        read, l2 = self._reads(group, members, space, where(long, passes, 1) if passes > 1 else 1)
         written: Amount = 0
         touched: Amount = 0
         for node in group:
@@ -172,7 +174,8 @@ class _Planner:
             touched = touched + self._first_touch(count)
         flops = sum((flops_of(n, self.efficiency.special_flops) for n in group), 0)
         traffic = Traffic(flops, read, written, 1)
-        seconds = self._seconds(group, traffic, l2) + touched
+        again = where(long, self._read_again(group, members, space), 0) if cached else 0
+        seconds = self._seconds(group, traffic, l2, again) + touched
         return Kernel(self._kind(group), tuple(n.name for n in group), traffic, l2, seconds)
 
     def _kind(self, group: list[Node]) -> str:
@@ -180,8 +183,9 @@ class _Planner:
             return "attention" if is_attention(group[0]) else "matmul"
         return "reduction" if any(name_of(n) in REDUCTIONS for n in group) else "pointwise"
 
-    def _passes(self, group: list[Node]) -> tuple[int, Amount]:
-        """How often a long row is read, and its length: once per dependent reduction, once more to use the result."""
+    def _passes(self, group: list[Node]) -> tuple[int, bool, Amount]:
+        """How often a long row is read for the reductions that wait for each other, whether it is read once more to
+        use the last, and its length."""
         depth: dict[Node, int] = {}
         row: Amount = 0
         for node in group:
@@ -193,8 +197,20 @@ class _Planner:
         last = max(depth.values())
         # a result as large as what was reduced needs the row once more
         reduced = [space_of(n) for n in group if name_of(n) in REDUCTIONS]
-        used = any(d == last and numel_of(n) in reduced for n, d in depth.items())
-        return last + (1 if last and used else 0), row
+        used = last > 0 and any(d == last and numel_of(n) in reduced for n, d in depth.items())
+        return last, used, row
+
+    def _read_again(self, group: list[Node], members: set[Node], space: Amount) -> Amount:
+        """Bytes of the rows that are used after they were reduced: of what was stored by then, else of all operands."""
+        reduced: set[Node] = set()
+        for node in group:
+            if name_of(node) in REDUCTIONS or any(s in reduced for s in self._sources(node)):
+                reduced.add(node)
+        stored = [n for n in group if n not in reduced and n in self.outputs and numel_of(n) == space]
+        read = {base_of(s) for n in group for s in read_by(n)} - members
+        wide = [n for n in read if not is_constant(n) and numel_of(n) == space]
+        totals = [sum(written_bytes(n) for n in nodes) for nodes in (stored, wide) if nodes]
+        return minimum(*totals) if totals else 0
 
     def _reads(self, group: list[Node], members: set[Node], space: Amount, again: Amount) -> tuple[Amount, Amount]:
         """(bytes read, those of them that come from L2). Views of one buffer read no more than the buffer."""
@@ -241,7 +257,7 @@ class _Planner:
             return 0.0
         return where(greater(count, self.machine.first_touch_bytes), count / bandwidth, 0.0)
 
-    def _seconds(self, group: list[Node], traffic: Traffic, l2: Amount) -> Amount:
+    def _seconds(self, group: list[Node], traffic: Traffic, l2: Amount, again: Amount) -> Amount:
         node, machine = group[0], self.machine
         if name_of(node) in MATMULS:
             batch, m, n, k, dtype = matmul_sizes(node)
@@ -251,6 +267,7 @@ class _Planner:
         loop = self.efficiency.reduction if self._kind(group) == "reduction" else self.efficiency.pointwise
         from_memory = traffic.bytes_read + traffic.bytes_written - l2
         memory = from_memory / (machine.memory_bandwidth * loop.memory) + l2 / (machine.l2_bandwidth * loop.memory)
+        memory = memory + again / (machine.memory_bandwidth * loop.again)
         return maximum(traffic.flops / machine.vector_flops, memory) + loop.latency + machine.launch_overhead
 
 

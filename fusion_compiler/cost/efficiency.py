@@ -50,11 +50,13 @@ class LibraryMatmul:
 
 @dataclass(frozen=True)
 class Loop:
-    """A generated pointwise or reduction kernel. Rows longer than `persistent_row` are read once per reduction."""
+    """A generated pointwise or reduction kernel. Rows longer than `persistent_row` are read once per reduction and once
+    more to use what was reduced: after a single one from caches, at `again` times the bandwidth of memory."""
 
     memory: float
     latency: float
     persistent_row: int = 0
+    again: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Everything is float32 between loading and storing.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +100,11 @@ def plan_of(op: RowReduction) -> Plan:
 
 
 def traffic(op: RowReduction) -> Traffic:
-    """Rows are read once where they fit the registers, else once per stage and once for the results."""
+    """Rows are read once where they fit the registers, else once per stage and once for the results: see `Loop`."""
     m = amount(op.m)
     statistics, results = schedule(op)
-    passes = 1 if plan_of(op).block >= op.n else 1 + max((s.stage for s in statistics), default=0) + 1
+    passes = 1 if plan_of(op).block >= op.n else _stages(statistics)
+    passes += passes > 1
     size = {"full": m * op.n, "row": m, "col": op.n, "scalar": 1}
     read = sum((e.dtype.itemsize * size[e.kind] * (passes if e.kind == "full" else 1) for e in op.extras), 0)
     written = sum((t.itemsize * size[k] for t, k in zip(op.out_dtypes, op.kinds, strict=True)), 0)
@@ -110,11 +112,18 @@ def traffic(op: RowReduction) -> Traffic:
     return Traffic(flops, read, written, 1)
 
 
+def _stages(statistics: Iterable[Statistic]) -> int:
+    return 1 + max((s.stage for s in statistics), default=0)
+
+
 def seconds(op: RowReduction, moved: Traffic, machine: Machine) -> Any:
     """As fast as Inductor's reductions, and what it costs to stand apart from their neighbours besides."""
     loop = efficiency(machine).reduction
     bandwidth = machine.memory_bandwidth * loop.memory
     memory = (moved.bytes_read + moved.bytes_written) / bandwidth
+    if plan_of(op).block < op.n and _stages(schedule(op)[0]) == 1 and "full" in op.kinds:
+        wide = sum(e.dtype.itemsize for e in op.extras if e.kind == "full")
+        memory = memory + amount(op.m) * op.n * wide / (machine.memory_bandwidth * loop.again)
     severed = amount(op.apart) / bandwidth + (machine.launch_overhead if op.apart != 0 else 0.0)
     return maximum(moved.flops / machine.vector_flops, memory) + loop.latency + machine.launch_overhead + severed
 
