@@ -24,7 +24,7 @@ from .report import Decision, NearMiss, Report, last_report, reports
 
 __all__ = [
     "Decision", "Example", "NearMiss", "Pattern", "Report", "choice", "disable_patterns", "enable_patterns", "explain",
-    "last_report", "literal", "pattern", "patterns", "register_kernel", "register_pattern", "reports",
+    "ggml", "gguf", "last_report", "literal", "pattern", "patterns", "register_kernel", "register_pattern", "reports",
     "unregister_kernel", "unregister_pattern",
 ]  # fmt: skip
 
@@ -35,7 +35,7 @@ if not (_root / "patterns").is_dir():
 
 
 def __getattr__(name: str) -> Any:
-    """`patterns`, the package that lists its patterns when called, is loaded when it is first asked for."""
-    if name == "patterns":
-        return import_module(f"{__name__}.patterns")
+    """`patterns` (which lists its patterns when called), `ggml` and `gguf` are loaded when they are first asked for."""
+    if name in ("patterns", "ggml", "gguf"):
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
