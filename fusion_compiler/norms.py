@@ -89,7 +89,7 @@ def nearly(value: Value, steps: int = 5) -> bool:
         return True
     return (
         steps > 0
-        and value.op in ("add", "mul", "bcast", "cast", "slice")
+        and value.op in ("add", "mul", "bcast", "cast", "slice", "permute")
         and any(nearly(a, steps - 1) for a in value.args)
     )
 

@@ -51,6 +51,7 @@ __all__ = [
 # Called with what its parameters name: `op`, `site`, and parameters of the pattern (a bound number, the chosen
 # alternative, the node of a tensor, None for what is absent). Returns why the pattern is refused, or None.
 Constraint = Callable[..., str | None]
+Lookalikes = Callable[[SemanticView], Iterable[tuple[Value, str]]]
 
 
 def choice(*alternatives: Any) -> Any:
@@ -79,12 +80,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A declared pattern. `constraints` look at the fused op and say why it is refused, or return None."""
+    """A declared pattern. `constraints` look at the fused op and say why it is refused, or return None; `lookalikes`
+    gives (value, reason) of what the pattern does not take although it means the same."""
 
     name: str
     function: Callable[..., Any]
     constraints: tuple[Constraint, ...] = ()
     examples: tuple[Example, ...] = field(default=(), compare=False)
+    lookalikes: Lookalikes | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns; a choice left out is its first alternative, a literal its default."""
@@ -119,6 +122,9 @@ class Pattern:
                     matched.setdefault(value, []).append(found)
                 elif isinstance(found, NearMiss):
                     missed.append((value, found))
+        for value, reason in self.lookalikes(view) if self.lookalikes else ():
+            if value not in matched:
+                missed += [(value, NearMiss(self.name, n, reason, n)) for n in outputs_of(view, value)]
         matches = [m for found in matched.values() for m in found]
         # a node that others read too is no mere part of the match that contains it
         inside = {n for m in matches for n in m.site.interior if n not in (*m.site.outputs, *m.site.escaping)}
@@ -266,9 +272,14 @@ class AnyPattern(Protocol):
 
 
 def pattern(
-    *, name: str, constraints: Sequence[Constraint] = (), examples: Sequence[Example]
+    *,
+    name: str,
+    constraints: Sequence[Constraint] = (),
+    examples: Sequence[Example],
+    lookalikes: Lookalikes | None = None,
 ) -> Callable[[Callable[..., Any]], Pattern]:
     """Declare a pattern. The first example is also what the function is traced with, so it gives every argument.
+    `lookalikes` may name further values that deserve a near miss, each with its reason.
 
     Raises PatternError where the function cannot be traced, or could match nothing.
     """
@@ -276,7 +287,7 @@ def pattern(
         raise PatternError(f"pattern {name!r} has no example; give one, so that the function can be traced")
 
     def declare(function: Callable[..., Any]) -> Pattern:
-        declared = Pattern(name, function, tuple(constraints), tuple(examples))
+        declared = Pattern(name, function, tuple(constraints), tuple(examples), lookalikes)
         known = {"op", "site", *declared.parameters.names}
         for constraint in constraints:
             for p in inspect.signature(constraint).parameters.values():

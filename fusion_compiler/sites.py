@@ -36,12 +36,17 @@ def holding(view: SemanticView, nodes: Iterable[Node]) -> list[Node]:
 def site_of(view: SemanticView, output: Node, operands: tuple[Node, ...], others: tuple[Node, ...] = ()) -> Site:
     """The site of a fused op: its interior, and what of it stays because somebody outside reads it or needs it."""
     interior = region(view, (output, *others), operands)
+    return Site(operands, output, interior, staying(interior, (output, *others)), others)
+
+
+def staying(interior: Sequence[Node], outputs: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes of an interior that somebody outside reads, and those that they are computed from."""
     inside = set(interior)
-    staying: set[Node] = set()
-    for node in reversed(interior):
-        if node not in (output, *others) and any(u not in inside or u in staying for u in node.users):
-            staying.add(node)
-    return Site(operands, output, interior, tuple(n for n in interior if n in staying), others)
+    found: set[Node] = set()
+    for node in sorted(interior, reverse=True):
+        if node not in outputs and any(u not in inside or u in found for u in node.users):
+            found.add(node)
+    return tuple(n for n in interior if n in found)
 
 
 def region(view: SemanticView, outputs: Iterable[Node], operands: Iterable[Node]) -> tuple[Node, ...]:

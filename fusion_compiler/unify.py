@@ -8,10 +8,10 @@ as literal parameters are bound.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from .algebra import Value
@@ -58,7 +58,7 @@ class Variant:
     literals: Mapping[tuple[Value, str], LiteralUse] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
-    @cached_property
+    @functools.cached_property
     def root(self) -> Value:
         """The root that is looked for first: the one that most is computed for."""
         return max(self.roots, key=lambda root: sum(1 for _ in root.walk()))
@@ -164,7 +164,7 @@ class Unifier:
         if not patterns:
             return True
         # the most telling operand first: parameters match anything and come last
-        first = max(patterns, key=lambda p: 0 if p in self._parameters else 1 + sum(1 for _ in p.walk()))
+        first = max(patterns, key=lambda p: 0 if p in self._parameters else _extent(p))
         rest = [p for p in patterns if p is not first]
         for candidate in values:
             before = self._state()
@@ -219,6 +219,12 @@ class Unifier:
         )
 
 
+@functools.lru_cache(maxsize=4096)
+def _extent(value: Value) -> int:
+    """How many values there are in an expression."""
+    return sum(1 for _ in value.walk())
+
+
 def _close(wanted: Any, found: Any) -> bool:
     if isinstance(wanted, float) and isinstance(found, (int, float)):
         return math.isclose(wanted, found, rel_tol=_CLOSE)
@@ -246,6 +252,11 @@ def _instead(wanted: Value, found: Value) -> str:
         return (
             f"a norm was expected here, and this is part of {describe(found.args[0])}; take the part before the norm, "
             "as in norm(x[:, 0]), and the norm can be folded in"
+        )
+    if wanted.op in NORMS and found.op == "permute":
+        return (
+            f"a norm was expected here, and this is {describe(found.args[0])} with its rows in another order "
+            "(MultiheadAttention with batch_first=True turns [batch, length, …] so); take the norm after the transpose"
         )
     source = found.args[0] if found.op == "slice" else found
     if wanted.op == "linear" and source.op == "leaf" and str(source.attr("node").target) in _OWN_WEIGHTS:

@@ -6,13 +6,17 @@ one. Saved per call: the product [M, N], written and read again, and a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusion_compiler.algebra import POINTWISE, Value
 from fusion_compiler.pattern import Example, choice, pattern
+from fusion_compiler.semantics import SemanticView
+
+LINEAR = frozenset({"add", "mul", "const", "cast"})  # what makes no activation of a linear
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -39,13 +43,60 @@ def _of_a_product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, w) * bias)
 
 
+def _bent(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    h = F.linear(x, w, bias)
+    return torch.where(h > 0.0, h * h, torch.expm1(h))
+
+
+def other_activations(view: SemanticView) -> Iterator[tuple[Value, str]]:
+    """Functions of a linear alone, and of numbers and tensors of one element, that bend it otherwise."""
+    source: dict[Value, Value | None] = {}  # the linear that a value is a function of alone
+    bends: dict[Value, bool] = {}
+    inner: set[Value] = set()
+
+    def visit(value: Value) -> None:
+        if value in source:
+            return
+        source[value], bends[value] = (value if _is_linear(value) else None), False
+        for a in value.args:
+            visit(a)
+        if source[value] is value:
+            return
+        of = {a: source[a] for a in value.args if not view.is_one_number(a)}
+        linears = set(of.values())
+        if value.op in POINTWISE and len(linears) == 1 and None not in linears:
+            [source[value]] = linears
+            bends[value] = value.op not in LINEAR or any(bends[a] for a in of) or len(of) > 1
+
+    for value in view.values():
+        visit(value)
+        inner |= {a for a in value.args if source[value] is not None and source[a] is source[value]}
+    for value in view.values():
+        if bends[value] and value not in inner:
+            yield (
+                value,
+                f"a function of a linear alone, and none of the activations known ({value.op} at its end); a pattern "
+                "of your own, act(F.linear(x, w)), has a kernel generated for it",
+            )
+
+
+def _is_linear(value: Value) -> bool:
+    """A product with a weight, with or without a bias."""
+    if value.op == "add" and len(value.args) == 2:
+        biased = any(a.op == "bcast" and [k for _, k in a.attr("groups")] == [False, True] for a in value.args)
+        return biased and any(a.op == "linear" for a in value.args)
+    return value.op == "linear"
+
+
 @pattern(
     name="linear_act",
+    lookalikes=other_activations,
     examples=[
         Example(_tensors),
         Example(lambda: _tensors(1)),
         Example(_tensors, _behind_a_norm),
         Example(_tensors, _of_a_product, refused="a linear was expected"),
+        Example(_tensors, _bent, refused="none of the activations known"),
     ],
 )
 def linear_act(

@@ -32,7 +32,7 @@ def call(name: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[torc
     return model, lambda: copy.deepcopy(inputs)
 
 
-def compiled(model: Any, **options: Any) -> Any:
+def compiled(model: Any, *, dynamic: bool | None = None, **options: Any) -> Any:
     """`model` through the whole compiler; what is not fused runs eagerly, and a stage that fails raises."""
 
     def backend(gm: Any, inputs: Any, **context: Any) -> Any:
@@ -40,7 +40,7 @@ def compiled(model: Any, **options: Any) -> Any:
             gm, inputs, options={"remainder": "eager", "strict": True, **options}, **context
         )
 
-    return torch.compile(model, backend=backend)
+    return torch.compile(model, backend=backend, dynamic=dynamic)
 
 
 def in_double(arguments: Arguments) -> Arguments:
@@ -65,7 +65,12 @@ def results(run: Any, arguments: Arguments) -> list[torch.Tensor]:
 def error(model: torch.nn.Module, run: Any, make: Callable[[], Arguments]) -> float:
     """The largest error of `run` over its results, against float64, in units of eager's own error."""
     got, eager = results(run, make()), results(model, make())
-    exact = results(copy.deepcopy(model).double(), in_double(make()))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # for numbers that a model makes tensors of
+    try:
+        exact = results(copy.deepcopy(model).double(), in_double(make()))
+    finally:
+        torch.set_default_dtype(before)
     assert len(got) == len(eager) == len(exact) > 0
     return max(map(_ratio, got, eager, exact))
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 import fusion_compiler as fc
 
 aten = torch.ops.aten
+BROKEN = "the model breaks its graph inside: a tensor is read back to the host, and no graph holds all of this"
 KINDS = ("attention", "gated_mlp", "linear_act", "norm_linear")
 COPIES = {aten._to_copy, aten.clone, aten._unsafe_view}
 GATHERS = {aten.index, aten.index_select}
@@ -99,7 +100,7 @@ class Survey(TorchDispatchMode):
             for name, part in parent.named_modules():
                 if part is module:
                     return f"{path}.{name}".lstrip(".")
-        return ""
+        return self._running[-1][0] if self._running else ""  # made for this one call, as activations are in places
 
     def _leave(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         self._formula -= _is_activation(module)
@@ -233,21 +234,23 @@ def account(sites: list[Site], reports: list[fc.Report]) -> Account:
         if d.pattern in KINDS and not (d.pattern == "linear_act" and d.node in inner)  # the gate of a gated MLP
     ]
     misses = [(n.pattern, _module(n.root), n.reason) for n in report.near_misses]
-    result = Account([], [], [], [])
+    result, served = Account([], [], [], []), set()
     for site in sites:
         decision = next((d for d in decisions if d[0] == site.kind and _same(site.module, d[1])), None)
         if decision is not None:
-            decisions.remove(decision)
+            if decision[1] == site.module:  # else a graph between two breaks, which may serve every layer
+                decisions.remove(decision)
+            served.add(decision)
             result.found.append(site)
             continue
         reason = next((why for p, module, why in misses if p == site.kind and _same(site.module, module)), None)
-        if reason is None and len(reports) > 1 and site.kind == "norm_linear":
-            reason = "the norm is in another graph: the model reads a tensor back to the host between them"
+        if reason is None and len(reports) > 1:
+            reason = BROKEN
         if reason is None:
             result.silent.append(site)
         else:
             result.told.append((site, reason))
-    result.beyond.extend(f"{pattern} at {where}" for pattern, _, where in decisions)
+    result.beyond.extend(f"{d[0]} at {d[2]}" for d in decisions if d not in served)
     return result
 
 

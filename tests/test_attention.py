@@ -214,6 +214,38 @@ def test_group_moved_next_to_a_single_query() -> None:
 
 
 # ---- static cache -------------------------------------------------------------------------------
+def _turned_after_repeat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Falcon: RoPE turns keys that are repeated already, values are only repeated; [batch, length, heads, width]."""
+    b, n, kv, d = k.shape
+    k, v = (t[:, :, :, None].expand(b, n, kv, 2, d).reshape(b, n, 2 * kv, d).transpose(1, 2) for t in (k, v))
+    scores = q.transpose(1, 2) @ k.sin().transpose(2, 3) / math.sqrt(d)
+    at = torch.arange(n)
+    mask = torch.where(at[None, :] <= at[:, None], 0.0, -math.inf).expand(b, 1, n, n)
+    return torch.softmax(scores + mask, -1) @ v
+
+
+def test_keys_and_values_not_repeated_alike() -> None:
+    args = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
+    gm = trace(_turned_after_repeat, *args)
+    op = only(gm).op
+    assert (op.batch, op.heads, op.kv_heads, op.mask.kind) == (2, 4, 4, "causal")
+    rewrite(gm)
+    check(_turned_after_repeat, gm, *args)
+
+
+def test_layers_that_share_a_computed_mask_do_not_conflict() -> None:
+    def layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        hidden = torch.where(mask[:, :, None] > mask[:, None, :], -math.inf, 0.0).repeat(1, 1, 2)[..., : k.shape[2]]
+        for _ in range(2):
+            q = torch.softmax(q @ k.transpose(2, 3) + hidden[:, None] * 1.0, -1) @ v
+        return q
+
+    q, k, v = heads(2, 4, 4, 6, 6, 8)
+    matches, _ = find_attention(trace(layers, q, k, v, torch.rand(2, 6)))
+    gone = [set(m.site.interior) - set(m.site.escaping) for m in matches]
+    assert len(gone) == 2 and not gone[0] & gone[1]
+
+
 def cached(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> tuple[Tensor, ...]:
     rows = torch.arange(q.shape[2]) + position
     cache_k, cache_v = (torch.index_copy(c, 2, rows, new) for c, new in ((cache_k, k), (cache_v, v)))

@@ -218,6 +218,7 @@ def test_one_row_takes_multiply_adds_and_sixteen_the_matrix_units() -> None:
     [
         (family(65, 512, 512, None, PLAIN, BRAIN), "h200", "M = 65"),
         (family(1, 512, 512, None, PLAIN, torch.float64), "h200", "float64"),
+        (family(16, 4, 128, RMS, PLAIN, BRAIN), "h200", "K = 4"),
         (family(1, 512, 512, None, PLAIN, BRAIN), "v100", "no bfloat16"),
         (family(16, 512, 512, None, PLAIN, HALF), "v100", "16 rows"),
     ],

@@ -350,6 +350,14 @@ def _exact(dtypes: Sequence[torch.dtype]) -> bool:
     return all(widens(dtypes[-1], dtype) for dtype in dtypes) or len(set(dtypes)) == 1
 
 
+def above_repeats(views: Sequence[View]) -> list[View]:
+    """The part of a trail above all repeats; where a copy writes the repeated tensor out, down to that copy."""
+    above = [v for v in views if not any(a.repeated for dim in v.dims for a in dim)]
+    if len(above) > 1 and above[-1].source.target in REPEATS and above[-2].source.target in COPIES:
+        above.pop()
+    return above
+
+
 def unrepeated(views: Sequence[View]) -> list[View]:
     """The part of a trail below all repeats, copies, scales and casts: what a kernel may read."""
     first = 0

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from ..fused import Attention, Layout, Mask, Site, Size
 from ..match import Match, NearMiss
+from ..sites import staying
 from . import arrangements, axes
 from .axes import Atom, View
 from .contraction import PADDING, Contraction, Operand, contraction
@@ -25,7 +26,7 @@ from .index_functions import Indexer
 from .late_division import LateDivision, divided_later
 from .limits import Extents
 from .masks import HIDDEN, Proof, Term, prove
-from .refusals import NotAttention, also_read, between_scores_and, changed
+from .refusals import NotAttention, UnlikeRepeats, also_read, between_scores_and, changed
 from .roles import Geometry, Parts
 from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
 from .sdpa_calls import Call, call
@@ -173,10 +174,10 @@ class _Finder:
     # ---- the match --------------------------------------------------------------------------
     def _match(self, parts: Parts) -> Match:
         trails = [axes.trail(o.node, scaled=s) for o, s in ((parts.q, True), (parts.k, True), (parts.v, False))]
-        readable = [axes.unrepeated(t) for t in trails]
         if any(axes.same(n, sympy.Integer(0)) for n in parts.extents):
             raise NotAttention(parts.root, "a dimension of the scores is 0")
-        geometry = Geometry.of(parts, *(t[-1] for t in trails))
+        geometry, trails = _geometry(parts, trails)
+        readable = [axes.unrepeated(t) for t in trails]
         dtype = parts.v.node.meta["val"].dtype
         wide = next((t[-1] for t in trails if not axes.widens(t[-1].source.meta["val"].dtype, dtype)), None)
         if wide is not None:
@@ -216,12 +217,11 @@ class _Finder:
             raise NotAttention(parts.root, f"{parts.root.name} is a fused attention already, with nothing to add")
         interior = _between(output, operands)
         inside = set(interior)
-        escaping = tuple(n for n in interior if n is not output and any(u not in inside for u in n.users))
-        held = next((n for n in escaping if n in parts.chain), None)
+        held = next((n for n in parts.chain if n in inside - {output} and not inside.issuperset(n.users)), None)
         if held is not None:
             reader = next(u for u in held.users if u not in inside)
             raise NotAttention(held, f"{held.name} is also read by {reader.name}, so the scores are written out anyway")
-        return Match(PATTERN, op, Site(tuple(operands), output, interior, escaping))
+        return Match(PATTERN, op, Site(tuple(operands), output, interior, staying(interior, (output,))))
 
     def _size(self, expr: sympy.Expr) -> Size:
         if expr.is_Integer:
@@ -327,6 +327,19 @@ class _Finder:
                 form = "additive" if site.additive else "visible" if site.keeps else "hidden"
                 proof = replace(proof, mask=replace(proof.mask, tensor=cast(Any, form)))
         return proof, operand
+
+
+def _geometry(parts: Parts, trails: list[list[View]]) -> tuple[Geometry, list[list[View]]]:
+    """The axes, and the views of q, k and v that they are read through: the deepest, where k and v are repeated alike.
+
+    Where they are not (keys turned by RoPE after they were repeated, values that join several heads), both are read as
+    they stand, repeated.
+    """
+    try:
+        return Geometry.of(parts, *(t[-1] for t in trails)), trails
+    except UnlikeRepeats:
+        above = [trails[0], *map(axes.above_repeats, trails[1:])]
+        return Geometry.of(parts, *(t[-1] for t in above)), above
 
 
 def _zeroes_hidden_rows(user: Node, probabilities: Node) -> bool:

@@ -19,6 +19,10 @@ class NotAttention(Exception):
         self.node, self.reason = node, reason
 
 
+class UnlikeRepeats(NotAttention):
+    """Keys are repeated for other heads than values."""
+
+
 def between_scores_and(node: Node, found: Obstacle) -> tuple[Node, str]:
     if found.node.op != "call_function":
         return node, f"{node.name} is a softmax of {found.node.name}, which no queries and keys are multiplied for here"

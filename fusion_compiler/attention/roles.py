@@ -24,7 +24,7 @@ from .axes import Atom, View
 from .contraction import Operand
 from .index_functions import Index
 from .limits import Extents
-from .refusals import NotAttention
+from .refusals import NotAttention, UnlikeRepeats
 from .scores import MaskSite
 from .softmax import Scale
 
@@ -284,7 +284,7 @@ def _joined(rows: list[Row], parts: Parts) -> list[Row]:
 def _classified(parts: Parts, rows: Sequence[Row], kv_len: sympy.Expr, width: sympy.Expr) -> Geometry:
     mixed = next((r for r in rows if r.k.repeated != r.v.repeated), None)
     if mixed is not None:
-        raise NotAttention(parts.root, f"keys and values of {parts.root.name} are not repeated alike")
+        raise UnlikeRepeats(parts.root, f"keys and values of {parts.root.name} are not repeated alike")
     own = [i for i, r in enumerate(rows) if not r.shared]
     shared = [i for i, r in enumerate(rows) if r.shared]
     # heads of a group are part of the same axis of q as the key/value heads, wherever they were moved
@@ -296,5 +296,9 @@ def _classified(parts: Parts, rows: Sequence[Row], kv_len: sympy.Expr, width: sy
         queries = min((m for m in masked if m), key=len, default=queries)[-1:]
     groups = tuple(i for i in shared if i not in queries)
     lone_batch = len(own) == 1 and bool(groups) and not on_head_axis
-    batch, heads = (own, []) if lone_batch else (own[:-1], own[-1:])
+    heads = [] if lone_batch else own[-1:]
+    if len(own) > 2:  # heads that keys or values hold in two axes are one axis of q
+        on_axis = [i for i in own if rows[i].q.axis == rows[own[-1]].q.axis]
+        heads = on_axis if len(on_axis) < len(own) else heads
+    batch = [i for i in own if i not in heads]
     return replace(unsorted, batch=tuple(batch), kv_heads=tuple(heads), groups=groups, queries=tuple(queries))

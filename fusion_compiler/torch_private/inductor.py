@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from .. import decompositions
 from .attention_rewrite import CheckAttention, checked
-from .float_inputs import specialize_module_floats
+from .float_inputs import specialize_constant_floats
 
 InnerCompile = Callable[..., Any]
 
@@ -29,7 +29,7 @@ def compile_graph(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    specialize_module_floats(gm)
+    specialize_constant_floats(gm)
     with config.patch(dict(patches)):
         passes, decomposed = CheckAttention(config.joint_custom_pre_pass), decompositions.table()
     with torch._functorch.config.patch(enable_autograd_cache=False), checked():

@@ -14,8 +14,9 @@ UNBOUNDED = 2**62  # torch writes "no upper bound" as infinity or as about the l
 def range_of(size: torch.SymInt, symbol: sympy.Symbol) -> tuple[int, int | None]:
     """The sizes that `symbol` may take in the graph of `size`; None: without end."""
     bounds = size.node.shape_env.var_to_range[symbol]
+    lower = int(bounds.lower) if bounds.lower.is_Integer else 0  # an int that a module holds has no lower bound either
     upper = int(bounds.upper) if bounds.upper.is_Integer else UNBOUNDED
-    return int(bounds.lower), upper if upper < UNBOUNDED else None
+    return max(lower, 0), upper if upper < UNBOUNDED else None
 
 
 def traced_values(size: torch.SymInt) -> dict[sympy.Symbol, int]:

@@ -9,6 +9,8 @@ from ...fused import FusedOp, MatmulFamily, RowReduction
 from ...machine import Machine
 from . import matmul, row_reduction
 
+SHORTEST_NORM = 8
+
 
 @dataclass(frozen=True)
 class TritonCodegen:
@@ -18,6 +20,10 @@ class TritonCodegen:
 
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
         if isinstance(op, MatmulFamily):
+            if op.norm is not None and isinstance(op.k, int) and op.k < SHORTEST_NORM:
+                return Unavailable(
+                    f"a norm over K = {op.k}: the generated kernels sum {SHORTEST_NORM} neighbours in a thread"
+                )
             return matmul.candidates(op, machine)
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
