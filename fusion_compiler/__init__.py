@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .capture import explain
+from .package import aoti_compile_and_package
 from .pattern import Example, Pattern, choice, literal, pattern
 from .registry import (
     disable_patterns,
@@ -23,9 +24,9 @@ from .registry import (
 from .report import Decision, NearMiss, Report, last_report, reports
 
 __all__ = [
-    "Decision", "Example", "NearMiss", "Pattern", "Report", "choice", "disable_patterns", "enable_patterns", "explain",
-    "ggml", "gguf", "last_report", "literal", "pattern", "patterns", "register_kernel", "register_pattern", "reports",
-    "unregister_kernel", "unregister_pattern",
+    "Decision", "Example", "NearMiss", "Pattern", "Report", "aoti_compile_and_package", "choice",
+    "disable_patterns", "enable_patterns", "explain", "ggml", "gguf", "last_report", "literal", "pattern",
+    "patterns", "register_kernel", "register_pattern", "reports", "unregister_kernel", "unregister_pattern",
 ]  # fmt: skip
 
 # In a checkout `patterns/` and `lowering/` stand beside this package, in an installation inside it.

@@ -39,7 +39,10 @@ UNKNOWN = (
     "the size {} is known only when the graph runs (it depends on data, or is ragged), so no time can be predicted; "
     "torch._dynamo.mark_dynamic instead of mark_unbacked, or padding, gives it a value"
 )
-UNGUARDED = "it pays for some sizes only, and a backward graph, compiled after its guards are closed, serves all sizes"
+UNGUARDED = (
+    "it pays for some sizes only, and this graph serves all sizes, for it cannot be compiled again: it is a backward "
+    "graph, compiled after its guards are closed, or an exported program; static sizes give it a verdict of its own"
+)
 
 
 class StageError(RuntimeError):
@@ -61,8 +64,8 @@ def fusion_compiler(
 ) -> Any:
     """Compiles a Dynamo graph. See `config.Options` for `options`; further arguments of newer torch are accepted."""
     parsed = parse_options(options, mode)
-    step = functools.partial(_compile, options=parsed, label=f"graph {next(_labels)}")
-    return inductor.compile_graph(gm, example_inputs, step, _patches(parsed))
+    step = functools.partial(compile_step, options=parsed, label=f"graph {next(_labels)}")
+    return inductor.compile_graph(gm, example_inputs, step, inductor_settings(parsed))
 
 
 def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -72,16 +75,25 @@ def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None 
     return parsed
 
 
-def _patches(options: Options) -> dict[str, Any]:
+def inductor_settings(options: Options) -> dict[str, Any]:
     patches = {**inductor.modes()[options.mode or "default"], **(options.inductor or {})}
     # verification reads its error back to the host, which no CUDA graph can hold
     return {**patches, "triton.cudagraphs": False} if options.verify else patches
 
 
-def _compile(gm: GraphModule, example_inputs: Sequence[Any], *, options: Options, label: str, **context: Any) -> Any:
+def compile_step(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Options,
+    label: str,
+    guardable: bool = True,
+    **context: Any,
+) -> Any:
     """The last step of Inductor's pipeline: what pays is replaced in `gm`, the rest is Inductor's (or runs eagerly).
 
-    Where a stage fails, `gm` is put back as it was and compiled as without us, and the report says so.
+    Where a stage fails, `gm` is put back as it was and compiled as without us, and the report says so. A graph that is
+    not `guardable` cannot be compiled again for other sizes.
     """
     backward = bool(context.get("is_backward"))
 
@@ -91,7 +103,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], *, options: Options
         return inductor.compile_aten(gm, example_inputs, **context)
 
     label += " (backward)" if backward else ""
-    planned = plan(gm, options, label, trains=not context.get("is_inference"), guardable=not backward)
+    planned = plan(gm, options, label, trains=not context.get("is_inference"), guardable=guardable and not backward)
     report, original = planned.report, copy.deepcopy(gm.graph)
     try:
         with _stage("splice"):
