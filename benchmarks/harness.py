@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fusion_compiler
 from fusion_compiler.backend import fusion_compiler as backend_of_ours
@@ -107,9 +108,11 @@ def standard_columns(fn: Call, max_autotune: bool = False) -> dict[str, Call]:
     return columns
 
 
-def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    reference = reference.double()
-    return float((result.double() - reference).norm() / reference.norm())
+def relative_error(result: Any, reference: Any) -> float:
+    """Of all tensors of a result together."""
+    pairs = list(zip(tree_leaves(result), tree_leaves(reference), strict=True))
+    wrong = torch.stack([(a.double() - b.double()).norm() for a, b in pairs]).norm()
+    return float(wrong / torch.stack([b.double().norm() for _, b in pairs]).norm())
 
 
 def rotated(make: Callable[[], tuple[Any, ...]], device: torch.device) -> list[tuple[Any, ...]]:
@@ -284,7 +287,7 @@ def complain(where: str, problem: Exception) -> str:
     return message[:2000]
 
 
-def measure(row: Row, columns: dict[str, Call], inputs: Inputs, reference: torch.Tensor, rounds: int) -> Row:
+def measure(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any, rounds: int) -> Row:
     """Fill `row`: every column's error, memory and time on the same inputs."""
     device = next(a.device for a in inputs[0] if isinstance(a, torch.Tensor))
     timers: dict[str, Callable[[], float]] = {}
