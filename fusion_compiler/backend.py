@@ -221,7 +221,18 @@ def notes(gm: GraphModule, *, trains: bool) -> tuple[str, ...]:
         if named:
             some = f"{named[0].name} at {where(named[0])}"
             found.append(f"{kind} tensors are left to Inductor; there are {len(named)} here, the first is {some}")
+    bodies = [n for n in gm.graph.nodes if any(_is_body(gm, a) for a in n.all_input_nodes)]
+    if bodies:
+        found.append(
+            f"bodies of {bodies[0].target} are left to Inductor; there are {len(bodies)} here, the first at "
+            f"{where(bodies[0])}; what is computed outside of them can be fused"
+        )
     return tuple(found)
+
+
+def _is_body(gm: GraphModule, node: Node) -> bool:
+    """Whether a node is a graph that a higher-order operator calls: cond, while_loop, a nested_compile_region."""
+    return node.op == "get_attr" and isinstance(getattr(gm, str(node.target), None), GraphModule)
 
 
 def device_of(gm: GraphModule) -> str:

@@ -58,10 +58,11 @@ def rewrite(gm: GraphModule) -> Attention:
 def check(fn: Function, gm: GraphModule, *args: Tensor) -> None:
     """The graph's error is at most 1.5 times eager's, both against float64."""
     exact = fn(*(a.double() if a.is_floating_point() else a for a in args))
-    eager = (fn(*args).double() - exact).abs().max().item()
-    ours = (gm(*args).double() - exact).abs().max().item()
+    ours, eager = gm(*args).double(), fn(*args).double()
+    assert torch.equal(ours.isnan(), eager.isnan())
+    ours, eager, largest = (t.nan_to_num().abs().max().item() for t in (ours - exact, eager - exact, exact))
     # a unit in the last place more where eager happens to be exact
-    assert ours <= 1.5 * eager + torch.finfo(args[0].dtype).eps * exact.abs().max().item(), (ours, eager)
+    assert ours <= 1.5 * eager + torch.finfo(args[0].dtype).eps * largest, (ours, eager)
 
 
 def heads(b: int, h: int, hk: int, lq: int, lk: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -400,25 +401,28 @@ def test_sliding_window() -> None:
     check(fn, gm, *args)
 
 
-def test_unknown_mask_where_a_row_may_see_nothing() -> None:
-    """Eager gives NaN there and SDPA 0, so the kernel is refused; a finite fill averages in both."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fill", [-math.inf, -1e9])
+@pytest.mark.parametrize("added", [False, True], ids=["filled in", "added"])
+def test_unknown_mask_where_a_row_may_see_nothing(added: bool, fill: float, dtype: torch.dtype) -> None:
+    """−∞ gives rows that are not numbers, as in eager; a finite fill averages in both."""
 
-    def infinite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return spell.scores(q, k).masked_fill(mask, -math.inf).softmax(-1) @ v
+    def filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return spell.scores(q, k).masked_fill(mask, fill).softmax(-1) @ v
 
-    def finite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(mask, spell.least(q))
-        return (spell.scores(q, k) + bias).softmax(-1) @ v
+    def biased(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (spell.scores(q, k) + torch.zeros(mask.shape, dtype=q.dtype).masked_fill(mask, fill)).softmax(-1) @ v
 
-    args = (*heads(2, 4, 4, 9, 9, 8), torch.rand(2, 1, 9, 9) < 0.5)
+    fn = biased if added else filled
+    args = (*heads(2, 4, 4, 9, 9, 8, dtype), torch.rand(2, 1, 9, 9) < 0.5)
     args[3][:, :, 4] = True
-    assert "NaN in eager" in kept(infinite, *args)
-    gm = trace(finite, *args)
-    assert rewrite(gm).mask.empty_rows == "mean"
-    check(finite, gm, *args)
-    assert "averages all values" in kept(
-        finite, *(a.bfloat16() if a.is_floating_point() else a for a in args), on="h200"
-    )
+    gm = trace(fn, *args)
+    assert rewrite(gm).mask.empty_rows == ("nan" if fill == -math.inf else "mean")
+    check(fn, gm, *args)
+    if added or fill > -math.inf:
+        assert "averages all values" in kept(
+            fn, *(a.bfloat16() if a.is_floating_point() else a for a in args), on="h200"
+        )
 
 
 def test_values_in_lower_precision_than_queries() -> None:

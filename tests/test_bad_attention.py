@@ -120,6 +120,17 @@ def test_inductor_still_rewrites_what_is_attention() -> None:
     assert counters["inductor"]["fuse_attention"] == 1
 
 
+def test_a_negative_scale_in_front_of_a_causal_mask() -> None:
+    """Kernels put −∞ in and take maxima before they scale."""
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        return torch.softmax((q @ k.transpose(-1, -2) * -0.25).masked_fill(hidden, float("-inf")), dim=-1) @ v
+
+    report = no_worse_than_eager(fn, *operands(*[(LENGTH, WIDTH)] * 3))
+    assert not report.fused and "multiply the queries by it instead" in report.decisions[0].reason
+
+
 # ---- masks --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fill", [float("-inf"), -1e9, -1e4])
 @pytest.mark.parametrize(("queries", "keys", "diagonal"), [(24, 24, -1), (40, 24, 0), (24, 40, 5)])

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusion_compiler.candidates import Candidate, Unavailable
+from fusion_compiler.candidates import Candidate, Traffic, Unavailable
 from fusion_compiler.cost.amounts import Condition, amount
 from fusion_compiler.cost.roofline import attention_seconds, attention_traffic
 from fusion_compiler.fused import Attention, FusedOp, Layout, Site
@@ -119,6 +119,10 @@ def offer(op: Attention, machine: Machine, backend: Backend) -> Candidate | str:
     known = replace(op, mask=replace(op.mask, kind="tensor")) if masked else op
     traffic = attention_traffic(known)
     seconds = attention_seconds(known, machine, backend.name)
+    if masked and op.mask.empty_rows == "nan":
+        traffic += (rewriting := _rewriting(op))
+        seconds += (rewriting.bytes_read + rewriting.bytes_written) / machine.memory_bandwidth
+        seconds += rewriting.launches * machine.launch_overhead
     details = (("backend", backend.name), ("is_causal", causal), ("mask tensor", masked), ("grouped", _grouped(op)))
     emit = partial(_emit, op, backend, causal, masked)
     return Candidate(f"{VendorSdpa.name}.{backend.name}", str(backend.operator), traffic, seconds, emit, valid, details)
@@ -127,6 +131,8 @@ def offer(op: Attention, machine: Machine, backend: Backend) -> Candidate | str:
 def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
     if op.softcap is not None:
         return f"no SDPA kernel caps scores (softcap {op.softcap:g})"
+    if not op.scale > 0:  # kernels take maxima, and put −∞ in, before they scale
+        return f"the scale {op.scale:g} is not positive; multiply the queries by it instead"
     if op.dtype not in backend.dtypes:
         return f"it is not used for {op.dtype}"
     if machine.kind == "cuda" and machine.capability < backend.capability:
@@ -147,11 +153,21 @@ def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
         return "it takes no mask tensor"
     if op.mask.tensor == "none":
         return f"the mask would have to be passed as one tensor, and there is none: {op.mask.proof}"
-    if op.mask.empty_rows == "mean" and not (op.mask.tensor == "additive" and op.dtype in backend.masked_rows):
-        return f"a row that sees no key averages all values in eager; it does not do so here: {op.mask.proof}"
-    if op.mask.empty_rows == "nan":
-        return f"a row that sees no key is NaN in eager and 0 in SDPA, and such rows may exist: {op.mask.proof}"
+    # what is added may be −∞ or any other number, where its values are not known
+    averages = op.mask.empty_rows == "mean" or (op.mask.empty_rows == "nan" and op.mask.tensor == "additive")
+    if averages and op.dtype not in backend.masked_rows:
+        return (
+            "a row that sees no key averages all values in eager where the mask is finite; it does not do so here, and "
+            f"such rows may exist: {op.mask.proof}"
+        )
     return ""
+
+
+def _rewriting(op: Attention) -> Traffic:
+    """What it costs to find the rows that see no key and to write what eager has there: not a number."""
+    b, h, lq, lk = (amount(s) for s in (op.batch, op.heads, op.q_len, op.kv_len))
+    out = op.dtype.itemsize * b * h * lq * op.v_dim
+    return Traffic(0, out + op.dtype.itemsize * lq * lk, out, 2)
 
 
 def _grouped(op: Attention) -> bool:
@@ -169,10 +185,13 @@ def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: 
     if op.scale_operand:
         q = builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, site.operands[-1])
     q, k, v = (_rows_in_one_piece(builder, node) for node in (q, k, v))
-    mask = _mask(op, backend, builder, site) if masked else None
+    added = _added(op, builder, site) if masked else None
+    mask = _mask(op, backend, builder, added) if added is not None else None
     positional, keywords = backend.arguments(q, k, v, mask, causal, op.scale)
-    called = builder.call(backend.operator, *positional, **keywords)
-    return arranged(builder, builder.call(operator.getitem, called, 0), op.out)
+    out = builder.call(operator.getitem, builder.call(backend.operator, *positional, **keywords), 0)
+    if added is not None and op.mask.empty_rows == "nan":
+        out = _not_a_number_where_all_is_hidden(builder, added, out)
+    return arranged(builder, out, op.out)
 
 
 def _rows_in_one_piece(builder: Builder, node: Node) -> Node:
@@ -182,20 +201,35 @@ def _rows_in_one_piece(builder: Builder, node: Node) -> Node:
     return node if dense else builder.contiguous(node)
 
 
-def _mask(op: Attention, backend: Backend, builder: Builder, site: Site) -> Node:
-    """The mask tensor as SDPA kernels want it: additive, in the dtype of q, four-dimensional, not broadcast in its last
-    two dimensions."""
+def _added(op: Attention, builder: Builder, site: Site) -> Node:
+    """The mask tensor as what is added to scores, in the dtype of q, four-dimensional.
+
+    Where rows that see nothing average, the least number hides and not −∞: such rows stay equal, as in eager.
+    """
     node = arranged(builder, site.operands[3], op.layouts[3])
-    if op.mask.tensor != "additive":
-        device = node.meta["val"].device
-        zero, infinite = (
-            builder.call(aten.full.default, [], value, dtype=op.dtype, device=device, pin_memory=False)
-            for value in (0.0, float("-inf"))
-        )
-        kept, dropped = (zero, infinite) if op.mask.tensor == "visible" else (infinite, zero)
-        node = builder.call(aten.where.self, node, kept, dropped)
-    batch, heads = (op.batch, op.heads) if backend.mask_per_head else node.meta["val"].shape[:2]
-    return expanded(builder, node, (batch, heads, op.q_len, op.kv_len))
+    if op.mask.tensor == "additive":
+        return node
+    hides = torch.finfo(op.dtype).min if op.mask.empty_rows == "mean" else float("-inf")
+    zero, hiding = (_number(builder, value, op.dtype, like=node) for value in (0.0, hides))
+    kept, dropped = (zero, hiding) if op.mask.tensor == "visible" else (hiding, zero)
+    return builder.call(aten.where.self, node, kept, dropped)
+
+
+def _mask(op: Attention, backend: Backend, builder: Builder, added: Node) -> Node:
+    """The mask as SDPA kernels want it: not broadcast in its last two dimensions."""
+    batch, heads = (op.batch, op.heads) if backend.mask_per_head else added.meta["val"].shape[:2]
+    return expanded(builder, added, (batch, heads, op.q_len, op.kv_len))
+
+
+def _not_a_number_where_all_is_hidden(builder: Builder, added: Node, out: Node) -> Node:
+    """The softmax over nothing but −∞ is 0/0; SDPA kernels give 0 there."""
+    most = builder.call(aten.amax.default, added, [-1], True)
+    hidden = builder.call(aten.eq.Scalar, most, float("-inf"))
+    return builder.call(aten.where.self, hidden, _number(builder, float("nan"), out.meta["val"].dtype, like=out), out)
+
+
+def _number(builder: Builder, value: float, dtype: torch.dtype, *, like: Node) -> Node:
+    return builder.call(aten.full.default, [], value, dtype=dtype, device=like.meta["val"].device, pin_memory=False)
 
 
 def arranged(builder: Builder, node: Node, layout: Layout) -> Node:
