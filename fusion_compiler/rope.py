@@ -11,7 +11,7 @@ slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,10 @@ aten = torch.ops.aten
 PATTERN = "rope"
 
 INDUCTOR = "Inductor makes one kernel of these pointwise operations already, which moves every byte once"
-UNBOUND = "cos and sin are no tensors of their own here, so a registered kernel cannot be given them"
+UNBOUND = (
+    "cos and sin are no tensors of their own here, or the halves are joined otherwise than they were taken apart, so no "
+    "registered kernel can be called"
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def _rotated(halves: Halves, node: Node) -> Rotation | None:
             continue
         found = _rotation(first, second)
         if found is not None:
-            return found
+            # pairs that are put into halves are turned, but `rope` leaves every element in its place
+            return found if found.style == style else replace(found, cos=None, sin=None)
     return None
 
 
@@ -217,13 +221,9 @@ def _bound(view: SemanticView, root: Node, rotation: Rotation) -> _Bound | None:
         return None
     shape = root.meta["val"].shape
     xs = [n for n in _held(view, rotation.x, root) if same_sizes(n.meta["val"].shape, shape)]
-    angles = [
-        [n for n in _held(view, value, root) if _broadcasts(shape, n.meta["val"])]
-        for value in (rotation.cos, rotation.sin)
-    ]
-    if not xs or not all(angles):
+    cos, sin = (_angle(_held(view, value, root), shape) for value in (rotation.cos, rotation.sin))
+    if not xs or cos is None or sin is None:
         return None
-    (cos, *_), (sin, *_) = angles
     function: Callable[..., torch.Tensor] = rope
     nodes: tuple[Node, ...] = (xs[0], cos, sin)
     flags: tuple[Any, ...] = (rotation.style == "pairs",)
@@ -234,6 +234,24 @@ def _bound(view: SemanticView, root: Node, rotation: Rotation) -> _Bound | None:
     with fake_tensors.mode_of(view.graph_module):
         out = function(*(n.meta["val"] for n in nodes), *flags)
     return _Bound(function, nodes, flags, out) if same_sizes(out.shape, shape) else None
+
+
+def _angle(held: Sequence[Node], shape: Sequence[Any]) -> Node | None:
+    """The one of the nodes `held`, views of each other, that x of `shape` is multiplied with.
+
+    Where several shapes of it broadcast, as [B, S, D] and [B, 1, S, D] do to as many heads as batches, what a product
+    reads tells which is meant.
+    """
+    fitting = [n for n in held if _broadcasts(shape, n.meta["val"])]
+    if len({_aligned(n) for n in fitting}) > 1:
+        fitting = [n for n in fitting if any(u.target is aten.mul.Tensor for u in n.users)]
+    return fitting[0] if len({_aligned(n) for n in fitting}) == 1 else None
+
+
+def _aligned(node: Node) -> tuple[Any, ...]:
+    """A shape as broadcasting sees it: without ones in front."""
+    shape = tuple(extent(s) for s in node.meta["val"].shape)
+    return shape[next((i for i, s in enumerate(shape) if s != 1), len(shape)) :]
 
 
 def _broadcasts(shape: Sequence[Any], angle: torch.Tensor) -> bool:

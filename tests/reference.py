@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fusion_compiler.algebra import Value
-from fusion_compiler.fused import MatmulFamily, Site
+from fusion_compiler.fused import Declared, MatmulFamily, RowReduction, Site
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -61,14 +61,43 @@ def evaluate(op: MatmulFamily, site: Site, values: dict[Node, Any]) -> Tensor:
     return _pointwise(op.epilogue, accumulators, extras).expand(x.shape[0], n)
 
 
-def _pointwise(value: Value, accumulators: list[Tensor], extras: list[Tensor]) -> Tensor:
+def evaluate_rows(op: RowReduction, site: Site, values: dict[Node, Any]) -> list[Tensor]:
+    """The results of a reduction of rows, [M, N] or [M, 1], in float64."""
+    m, n = int(op.m), op.n
+    shapes = {"full": (m, n), "row": (m, 1), "col": (1, n), "scalar": (1, 1)}
+    extras = [values[o].double().reshape(shapes[e.kind]) for o, e in zip(site.operands, op.extras, strict=True)]
+    computed = [_pointwise(result, [], extras, row=(m, n)) for result in op.results]
+    return [t.expand(m, n if kind == "full" else 1) for t, kind in zip(computed, op.kinds, strict=True)]
+
+
+def evaluate_declared(op: Declared, site: Site, values: dict[Node, Any]) -> list[Tensor]:
+    """What a pattern's own function gives for the operands, in float64."""
+    operands, transposed, arguments = iter(site.operands), iter(op.transposed), []
+    for argument in op.arguments:
+        if isinstance(argument, Tensor):
+            held = values[next(operands)]
+            held = held.double() if held.is_floating_point() else held.to(torch.complex128)
+            argument = (held.mT if next(transposed) else held).reshape(argument.shape)
+        arguments.append(argument)
+    results = op.function(*arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    return [results[i] for i in op.kept]
+
+
+def _pointwise(
+    value: Value, accumulators: list[Tensor], extras: list[Tensor], row: tuple[int, int] = (1, 1)
+) -> Tensor:
     if value.op == "acc":
         return accumulators[value.attr("index")]
     if value.op == "extra":
         return extras[value.attr("index")]
     if value.op == "const":
         return torch.tensor(value.attr("value"), dtype=torch.float64)
-    args = [_pointwise(a, accumulators, extras) for a in value.args]
+    args = [_pointwise(a, accumulators, extras, row) for a in value.args]
+    if value.op in ("mean", "sum", "amax"):
+        return getattr(torch, value.op)(args[0].expand(row), -1, keepdim=True)  # type: ignore[no-any-return]
+    if value.op == "where":
+        return torch.where(args[0] != 0, args[1], args[2])
     if value.op == "add":
         return sum(args[1:], args[0])
     if value.op == "mul":

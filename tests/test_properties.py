@@ -26,7 +26,7 @@ from fusion_compiler.match import Match, find_all
 from fusion_compiler.patterns import BUILTIN
 from fusion_compiler.semantics import SemanticView
 
-PATTERNS = [p for p in BUILTIN if p.name in ("gated_mlp", "norm_linear")]
+PATTERNS = [p for p in BUILTIN if p.name in ("gated_mlp", "norm_linear", "linear_act")]
 QUICK = settings(
     max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     phases=(Phase.generate, Phase.shrink),
@@ -116,6 +116,21 @@ def test_linears_behind_norms_match(leading, k, n, dtype, norm, product, biased,
 
     matched = check(behind, *inputs(leading, k, n, dtype), dynamic=dynamic and min(leading, default=1) > 1)
     assert {m.pattern for m in matched} == {"norm_linear"}
+
+
+@QUICK
+@given(
+    leading=SIZES, k=st.integers(2, 40), n=st.integers(2, 40), dtype=DTYPES, norm=st.none() | st.sampled_from(NORMS),
+    act=st.sampled_from(list(spell.ACTIVATIONS)),
+    product=st.sampled_from(PRODUCTS), biased=st.booleans(), noise=st.lists(st.sampled_from(NOISE), min_size=3, max_size=3),
+)  # fmt: skip
+def test_linears_and_their_activations_match(leading, k, n, dtype, norm, act, product, biased, noise):
+    def activated(x: Tensor, w: spell.Weights) -> Tensor:
+        h = product(noise[0](_norm(norm)(x, w) if norm else x), w.gate, w.gate_kn)
+        return noise[2](spell.ACTIVATIONS[act](noise[1](h + w.b_gate if biased else h)))
+
+    matched = check(activated, *inputs(leading, k, n, dtype))
+    assert "linear_act" in {m.pattern for m in matched}
 
 
 # ---- choices that may be wrong ------------------------------------------------------------------
@@ -230,7 +245,7 @@ def test_what_matches_is_what_eager_computes(
             c = centre(x)
             h = scale(c * root(statistic(c if of_centred else x)), w)
         gate = F.linear(h, w.gate)
-        result = end(gate if second is None else act(gate) * second(x, h, w), w)
+        result = end(act(gate) if second is None else act(gate) * second(x, h, w), w)
         return {"": result, "gate": (result, gate), "norm": (result, h)}[kept]
 
     x, w = inputs(leading, 4, n, torch.float32)
