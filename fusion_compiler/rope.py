@@ -32,8 +32,8 @@ PATTERN = "rope"
 
 INDUCTOR = "Inductor makes one kernel of these pointwise operations already, which moves every byte once"
 UNBOUND = (
-    "cos and sin are no tensors of their own here, or the halves are joined otherwise than they were taken apart, so no "
-    "registered kernel can be called"
+    "cos and sin are no tensors of their own here, or the halves are joined otherwise than they were taken apart, so "
+    "no registered kernel can be called"
 )
 
 

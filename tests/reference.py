@@ -84,9 +84,7 @@ def evaluate_declared(op: Declared, site: Site, values: dict[Node, Any]) -> list
     return [results[i] for i in op.kept]
 
 
-def _pointwise(
-    value: Value, accumulators: list[Tensor], extras: list[Tensor], row: tuple[int, int] = (1, 1)
-) -> Tensor:
+def _pointwise(value: Value, accumulators: list[Tensor], extras: list[Tensor], row: tuple[int, int] = (1, 1)) -> Tensor:
     if value.op == "acc":
         return accumulators[value.attr("index")]
     if value.op == "extra":

@@ -122,7 +122,8 @@ def test_linears_behind_norms_match(leading, k, n, dtype, norm, product, biased,
 @given(
     leading=SIZES, k=st.integers(2, 40), n=st.integers(2, 40), dtype=DTYPES, norm=st.none() | st.sampled_from(NORMS),
     act=st.sampled_from(list(spell.ACTIVATIONS)),
-    product=st.sampled_from(PRODUCTS), biased=st.booleans(), noise=st.lists(st.sampled_from(NOISE), min_size=3, max_size=3),
+    product=st.sampled_from(PRODUCTS), biased=st.booleans(),
+    noise=st.lists(st.sampled_from(NOISE), min_size=3, max_size=3),
 )  # fmt: skip
 def test_linears_and_their_activations_match(leading, k, n, dtype, norm, act, product, biased, noise):
     def activated(x: Tensor, w: spell.Weights) -> Tensor:
