@@ -17,7 +17,7 @@ from . import backend
 from .machine import Machine
 from .machine import machine as find_machine
 from .report import Failure, Report
-from .torch_private import inductor
+from .torch_private import dynamo_cache, inductor
 from .torch_private.fake_copies import FakeCopies
 
 UNMEASURED = "autotune: `explain` runs nothing, so all times are predicted"
@@ -56,12 +56,14 @@ def explain(
     # what other calls were compiled for must not make this one dynamic, nor this one later calls
     with copies.mode, torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         try:
-            compiled: Callable[..., Any] = torch.compile(function, backend=capture, dynamic=dynamic)
+            compiled: Callable[..., Any] = torch.compile(dynamo_cache.apart(function), backend=capture, dynamic=dynamic)
             compiled(*args, **kwargs)
         except Exception as error:  # what depends on data cannot be followed without data
             if parsed.strict:
                 raise
             stopped = (Failure("capture", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"),)
+        finally:
+            dynamo_cache.forget(capture)
     whole = Report.merged(reports) if reports else Report(machine=find_machine(parsed.machine).name)
     notes = (*whole.notes, *((UNMEASURED,) if asked.autotune else ()))
     return dataclasses.replace(whole, failures=(*whole.failures, *stopped), notes=notes)

@@ -188,3 +188,28 @@ def test_tied_weights_stay_tied() -> None:
     base = torch.randn(8)
     first, second = FakeCopies().of([base, base[2:4]])
     assert first.untyped_storage()._cdata == second.untyped_storage()._cdata and second.storage_offset() == 2
+
+
+class Broken(torch.nn.Module):
+    """Two graphs: the second one is that of a function that Dynamo makes of what follows the break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp(64, 64, torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mlp(x)
+        torch._dynamo.graph_break()
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize("model", [Mlp(64, 64, torch.float32), Broken()], ids=["whole", "broken"])
+def test_many_explanations_leave_no_trace(model: torch.nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamo gives a function up, for good and for every backend, after as many compilations as its limit allows."""
+    graphs = 2 if isinstance(model, Broken) else 1
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in range(1, 5):
+            assert len(verdicts(fc.explain(model, torch.randn(rows, 64)))) == graphs
+        compiled: list[torch.fx.GraphModule] = []
+        torch.compile(model, backend=lambda gm, inputs: compiled.append(gm) or gm.forward)(torch.randn(3, 64))
+    assert len(compiled) == graphs and "recompile_limit" not in caplog.text
