@@ -1,16 +1,19 @@
-"""What is found: spellings of the gated MLP and of norm → linear, and the time it takes.
+"""What is found: spellings of the gated MLP, of norms, softmax and rotary embedding; and the time it takes.
 
 python -m benchmarks.spellings                       every spelling × dtype × static and dynamic sizes
 python -m benchmarks.spellings --only RMSNorm        spellings whose name contains a word
 python -m benchmarks.spellings --time 32             seconds of each stage for a Llama of 32 layers, and of Inductor
 
-Nothing here runs a kernel or needs a device: graphs are captured with `explain`, for the machine given.
+Nothing here runs a kernel or needs a device. A spelling counts as found where the pattern matches in the graph that
+Inductor hands to its last step. Beside it: in how many captures of the same Dynamo graph Inductor's own pattern matcher,
+joint and post-grad passes included, makes a fusion of its own; its rewrites of one operation (`mm` and `add` into
+`addmm`) are in the figures but are no fusion of these forms.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -18,47 +21,99 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 import fusion_compiler as fc
 from fusion_compiler import backend, registry
 from fusion_compiler.match import find_all
 from fusion_compiler.semantics import SemanticView
-from fusion_compiler.torch_private import inductor
+from fusion_compiler.torch_private import fake_tensors, inductor
 
 from . import harness
 
 # the spellings are those of the tests
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DYNAMIC = {3, 5}  # the sizes of rows: batch and length
 
 Table = list[dict[str, Any]]
+Function = Callable[..., Any]
 
 
-def spellings(machine: str, only: str, tiny: bool) -> Table:
-    """One row per spelling: in how many of the forms it was found, and what was said where it was not."""
+def groups() -> dict[str, dict[str, tuple[Function, Callable[[torch.dtype], tuple[Any, ...]]]]]:
+    """By pattern and name: a spelling, and what makes its arguments."""
     import matmul_spellings as spell
+    import rope_spellings as rope
 
+    def rows(dtype: torch.dtype) -> tuple[Any, ...]:
+        return torch.randn(3, 5, spell.K, dtype=dtype), spell.weights(dtype)
+
+    def heads(dtype: torch.dtype) -> tuple[Any, ...]:
+        return torch.randn(3, 2, 5, 16, dtype=dtype), torch.randn(5, 8)
+
+    found = {p: {name: (f, rows) for name, f in table.items()} for p, table in spell.MATCHED.items()}
+    return found | {"rope": {name: (f, heads) for name, f in rope.MATCHED.items()}}
+
+
+def capture(function: Function, inputs: tuple[Any, ...], dynamic: bool) -> tuple[list[torch.fx.GraphModule], set[str]]:
+    """(the graphs that our last step gets, Inductor's counters of what its passes matched in the same Dynamo graph)."""
+    graphs: list[torch.fx.GraphModule] = []
+    matched: set[str] = set()
+
+    def ours(gm: torch.fx.GraphModule, _: Any, **__: Any) -> Function:
+        graphs.append(gm)
+        return inductor.run_eagerly(gm)
+
+    def theirs(gm: torch.fx.GraphModule, _: Any, **__: Any) -> Function:
+        from torch._inductor.fx_passes.post_grad import post_grad_passes
+        from torch._inductor.virtualized import V
+
+        with V.set_fake_mode(fake_tensors.mode_of(gm)):
+            post_grad_passes(copy.deepcopy(gm), True)
+        matched.update(name for name, count in counters["inductor"].items() if count)
+        return inductor.run_eagerly(gm)
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: Any) -> Function:
+        from torch._inductor.compile_fx import compile_fx
+
+        counters.clear()
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            compile_fx(copy.deepcopy(gm), example_inputs, inner_compile=theirs)
+        return inductor.compile_graph(gm, example_inputs, ours, {})
+
+    torch._dynamo.reset()
+    for tensor in [t for t in inputs if isinstance(t, torch.Tensor)] if dynamic else ():
+        for dim in [dim for dim, size in enumerate(tensor.shape) if size in DYNAMIC]:
+            torch._dynamo.mark_dynamic(tensor, dim)
+    with torch.no_grad():
+        torch.compile(function, backend=compiler, dynamic=None if dynamic else False)(*inputs)
+    return graphs, matched
+
+
+GENERIC = ("pattern_matcher_count", "pattern_matcher_nodes")  # rewrites of any kind
+
+
+def spellings(only: str, tiny: bool) -> Table:
+    """One row per spelling: in how many of the forms it was found, and what was said where it was not."""
     rows: Table = []
-    dtypes = DTYPES[:1] if tiny else DTYPES
-    for pattern, table in spell.MATCHED.items():
-        for name, function in table.items():
+    patterns = {p.name: p for p in registry.builtin_patterns()}
+    for pattern, table in groups().items():
+        for name, (function, inputs) in table.items():
             if only not in name:
                 continue
-            row: dict[str, Any] = {"pattern": pattern, "spelling": name, "found": 0, "of": 0, "reasons": []}
-            for dtype in dtypes:
+            row: dict[str, Any] = {"pattern": pattern, "spelling": name, "found": 0, "of": 0}
+            row |= {"inductor": 0, "its_counters": [], "reasons": []}
+            for dtype in DTYPES[:1] if tiny else DTYPES:
                 for dynamic in (False, True):
-                    torch._dynamo.reset()
-                    x, w = torch.randn(3, 5, spell.K, dtype=dtype), spell.weights(dtype)
-                    if dynamic:
-                        for dim in (0, 1):
-                            torch._dynamo.mark_dynamic(x, dim)
-                    with torch.no_grad():
-                        report = fc.explain(function, x, w, machine=machine)
-                    found = any(d.pattern == pattern for d in report.decisions)
+                    graphs, theirs = capture(function, inputs(dtype), dynamic)
+                    looked = [find_all(SemanticView(gm), [patterns[pattern]]) for gm in graphs]
+                    found = any(matches for matches, _ in looked)
                     row["of"] += 1
                     row["found"] += found
+                    row["inductor"] += bool(theirs - {*GENERIC})
+                    row["its_counters"] = sorted({*row["its_counters"], *theirs})
                     if not found:
-                        row["reasons"] += [n.reason for n in report.near_misses] or [str(report.failures)]
+                        row["reasons"] += [n.reason for _, near in looked for n in near] or ["nothing was said"]
             rows.append(row)
     return rows
 
@@ -104,11 +159,14 @@ def stages(layers: int, machine: str) -> Table:
     return [row | {k: f"{v:.2f}" for k, v in seconds.items()} | {"share": f"{ours / seconds['Inductor']:.1%}"}]
 
 
-def markdown(rows: Table) -> str:
-    columns = list(rows[0])
-    cells = [[("; ".join(v) if isinstance(v, list) else str(v)) for v in row.values()] for row in rows]
-    lines = [columns, ["---"] * len(columns), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def summary(rows: Table) -> str:
+    """One line per pattern: spellings, captures, and those that we and Inductor found."""
+    lines = []
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        part = [row for row in rows if row["pattern"] == pattern]
+        of, ours, theirs = (sum(row[key] for row in part) for key in ("of", "found", "inductor"))
+        lines.append([pattern, str(len(part)), f"{ours} of {of}", str(theirs)])
+    return harness.markdown(["pattern", "spellings", "captures found", "fusions of Inductor's own"], lines)
 
 
 def main() -> int:
@@ -117,20 +175,21 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--machine", default="h200")
     parser.add_argument("--tiny", action="store_true", help="float32 only")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.time:
         rows = stages(args.time, args.machine)
+        print(harness.markdown(list(rows[0]), [[str(v) for v in row.values()] for row in rows]))
+        missed = []
     else:
-        rows = spellings(args.machine, args.only, args.tiny)
-    print(markdown(rows))
-    if args.json:
-        found = {**harness.provenance(torch.device("cpu")), "rows": rows}
-        Path(args.json).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    missed = [row for row in rows if "of" in row and row["found"] < row["of"]]
-    if rows and "of" in rows[0]:
+        rows = spellings(args.only, args.tiny)
+        missed = [row for row in rows if row["found"] < row["of"]]
+        shown = [[*map(str, list(row.values())[:5]), "; ".join(row["reasons"])] for row in rows]
+        print(harness.markdown(["pattern", "spelling", "found", "of", "Inductor", "missed"], shown))
+        print(f"\n{summary(rows)}")
         print(f"\n{len(rows) - len(missed)} of {len(rows)} spellings found in every form, torch {torch.__version__}")
+    harness.write_json(args.json, torch.device("cpu"), rows)
     return 1 if missed else 0
 
 

@@ -80,8 +80,13 @@ class Algebra:
 
     # ---- sums and products ------------------------------------------------------------------
     def add(self, *terms: Value) -> Value:
-        """Sum; numeric constants are gathered into at most one."""
-        return self._nary("add", terms, 0.0, operator.add)
+        """Sum; numeric constants are gathered into at most one, and `1 − sigmoid(x)` is sigmoid(−x)."""
+        total = self._nary("add", terms, 0.0, operator.add)
+        if total.op == "add" and len(total.args) == 2 and _is_one(total.args[0]) and total.args[1].op == "mul":
+            sign, *gate = total.args[1].args
+            if sign is self.const(-1.0) and len(gate) == 1 and gate[0].op == "sigmoid":
+                return self.unary("sigmoid", self.neg(gate[0].args[0]))
+        return total
 
     def mul(self, *factors: Value) -> Value:
         """Product; `x·x` is pow(x, 2), `x·sigmoid(x)` silu(x), `½·x·(1+erf(x/√2))` and its tanh form gelu."""
@@ -135,6 +140,8 @@ class Algebra:
             return self.mul(*(self.pow(factor, exponent) for factor in base.args))  # (√x/c)²
         if base.op == "bcast":
             return self.bcast(self.pow(base.args[0], exponent), base.attr("groups"))
+        if base.op == "abs" and exponent == 2.0:
+            return self.pow(base.args[0], exponent)
         if base.op == "exp" and exponent == -1.0:
             return self.unary("exp", self.neg(base.args[0]))
         if exponent == -1.0:
@@ -154,6 +161,10 @@ class Algebra:
     def unary(self, op: str, x: Value) -> Value:
         if x.op == "bcast":
             return self.bcast(self.unary(op, x.args[0]), x.attr("groups"))
+        if op == "exp2" and x.op == "mul" and x.args[0].op == "const":
+            sign = round(x.args[0].attr("value") * math.log(2.0))
+            if abs(sign) == 1 and math.isclose(x.args[0].attr("value") * math.log(2.0), sign, rel_tol=1e-6):
+                return self.unary("exp", self.mul(self.const(sign), *x.args[1:]))
         return self.make(op, x)
 
     def binary(self, op: str, a: Value, b: Value) -> Value:
@@ -169,6 +180,9 @@ class Algebra:
         return self.make(op, a, b)
 
     def where(self, condition: Value, a: Value, b: Value) -> Value:
+        zero = self.const(0.0)
+        if a is zero and condition.op == "le" and condition.args == (b, zero):
+            return self.unary("relu", b)  # unlike where(b > 0, b, 0), it passes on what is not a number
         return self.make("where", condition, a, b)
 
     def bcast(self, x: Value, groups: tuple[tuple[Any, bool], ...]) -> Value:

@@ -34,6 +34,10 @@ def normalise_sum(algebra: Algebra, terms: Sequence[Value]) -> Value:
     terms = _variance_of_moments(algebra, list(terms))
     if len(terms) == 2:
         for norm, other in (terms, terms[::-1]):
+            if norm.op in NORMS and len(norm.args) == 1 and (other.op, len(other.args)) == (norm.op, 2):
+                x, weight = norm.args[0], other.args[1]
+                if other is algebra.make(norm.op, x, weight, **dict(norm.attrs)):  # norm(x) + norm(x)·w
+                    return algebra.make(norm.op, x, weight, **{**dict(norm.attrs), "offset": 1.0})
             if norm.op != "layer_norm" or len(norm.args) != 2:
                 continue
             bias = _per_column(other, norm)
@@ -161,6 +165,9 @@ def _norm(algebra: Algebra, factors: list[Value]) -> list[Value] | None:
                 if left is not None:
                     return [*left, _unweighted(algebra, "rms_norm", inner, eps, statistic, scale)]
         if statistic.op == "var":
+            mean, x = _centred(statistic.args[0])
+            if mean is not None and mean.attr("size") == statistic.attr("size"):
+                statistic = algebra.make("var", x, size=statistic.attr("size"))  # shifting x leaves its variance
             for f in rest:
                 mean, x = _centred(f)
                 if mean is not None and x is statistic.args[0] and mean.attr("size") == statistic.attr("size"):

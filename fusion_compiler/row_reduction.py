@@ -98,9 +98,11 @@ class _Builder:
         """Whether a result has the rows' elements or one number per row; sees that all have the same rows."""
         shape = node.meta["val"].shape
         kind: Literal["full", "row"] = "row" if _one_per_row(root) else "full"
-        if kind == "full" and extent(shape[-1]) != self.n:
+        held = range(len(shape)) if kind == "full" else [len(shape)]
+        first = next((i for i in reversed(held) if kind == "row" or count(map(extent, shape[i:])) == self.n), None)
+        if first is None:
             raise _Refused("a result is shaped otherwise than the rows that are reduced")
-        m = math.prod(shape if kind == "row" else shape[:-1])
+        m = math.prod(shape[:first])
         if self.m is not None and extent(m) != extent(self.m):
             raise _Refused("its results have different numbers of rows")
         self.m = m

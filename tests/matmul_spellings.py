@@ -1,4 +1,4 @@
-"""Spellings of the gated MLP and of norms in front of a linear, and what looks like one and is none.
+"""Spellings of the gated MLP, of norms alone, behind a residual and in front of a linear, of softmax; and lookalikes.
 
 Each is a function of rows x [..., K] and of `Weights`. `MATCHED` must be found whatever the dtype and whether or not
 the sizes of x are symbolic; `REFUSED` must not be taken for what it resembles.
@@ -75,18 +75,23 @@ SILU: dict[str, Activation] = {
     "x * reciprocal(1 + exp(-x))": lambda x: x * torch.reciprocal(torch.exp(x.neg()) + 1.0),
     "x · exp(x) / (1 + exp(x))": lambda x: x * torch.exp(x) / (1 + torch.exp(x)),
     "x · ½(1 + tanh(x/2))": lambda x: x * (0.5 * (1 + torch.tanh(0.5 * x))),
+    "x · (1 − sigmoid(−x))": lambda x: x * (1 - torch.sigmoid(-x)),
+    "x / (1 + 2^(−x·log₂e))": lambda x: x / (1 + torch.exp2(-x * math.log2(math.e))),
+    "expit": lambda x: x * torch.special.expit(x),
     "silu in float32": lambda x: F.silu(x.float()).to(x.dtype),
 }
 GELU: dict[str, Activation] = {
     "F.gelu": F.gelu,
     "½x(1 + erf(x/√2))": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
     "x · (½(erf(x·√½) + 1))": lambda x: x * (0.5 * (torch.erf(x * 0.7071067811865476) + 1.0)),
+    "x · ndtr(x)": lambda x: x * torch.special.ndtr(x),
     "(x/2) · (1 + erf) in float32": lambda x: (x.float() / 2 * (1 + torch.erf(x.float() / 2**0.5))).to(x.dtype),
 }
 GELU_TANH: dict[str, Activation] = {
     "F.gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
     "tanh, pow(x, 3)": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3)))),
     "tanh, x·x·x": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
+    "x · sigmoid(2y)": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
     "tanh, factored": lambda x: x * 0.5 * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))),
 }
 RELU2: dict[str, Activation] = {
@@ -97,7 +102,10 @@ RELU2: dict[str, Activation] = {
 GATES: dict[str, Activation] = {
     "sigmoid": torch.sigmoid,
     "1 / (1 + exp(-x))": lambda x: 1 / (1 + torch.exp(-x)),
+    "(1 + tanh(x/2)) / 2": lambda x: (torch.tanh(x / 2) + 1) / 2,
     "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "F.threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "relu_": lambda x: torch.relu_(x),
 }
 ACTIVATIONS = SILU | GELU | GELU_TANH | RELU2 | GATES
 
@@ -169,6 +177,12 @@ GATED: dict[str, Function] = {f"act: {name}": activated(act) for name, act in AC
     "einsum kn": lambda x, w: (
         F.silu(torch.einsum("...k,kn->...n", x, w.gate_kn)) * torch.einsum("...k,kn->...n", x, w.up_kn)
     ),
+    "inner": lambda x, w: F.silu(torch.inner(x, w.gate)) * torch.inner(x, w.up),
+    "tensordot": lambda x, w: (
+        F.silu(torch.tensordot(x, w.gate, ([-1], [1]))) * torch.tensordot(x, w.up, ([-1], [1]))
+    ),
+    "in place": lambda x, w: F.silu(F.linear(x, w.gate), inplace=True).mul_(F.linear(x, w.up)),
+    "bias of the gate alone": lambda x, w: F.silu(F.linear(x, w.gate, w.b_gate)) * F.linear(x, w.up),
     "biases": lambda x, w: F.silu(F.linear(x, w.gate, w.b_gate)) * F.linear(x, w.up, w.b_up),
     "biases added": lambda x, w: F.silu(w.b_gate + x @ w.gate.T) * (x @ w.up.T + w.b_up),
     "addmm": _with_addmm,
@@ -179,8 +193,22 @@ GATED: dict[str, Function] = {f"act: {name}": activated(act) for name, act in AC
     "split": packed(lambda h: h.split(h.shape[-1] // 2, dim=-1)),
     "slices": packed(lambda h: (h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :])),
     "up first": packed(lambda h: h.chunk(2, dim=-1)[::-1]),
+    "split into sizes": packed(lambda h: h.split([h.shape[-1] // 2] * 2, dim=-1)),
+    "tensor_split": packed(lambda h: h.tensor_split(2, dim=-1)),
+    "up first, slices": packed(lambda h: (h[..., h.shape[-1] // 2 :], h[..., : h.shape[-1] // 2])),
+    "view, select": packed(lambda h: tuple(h.unflatten(-1, (2, -1)).select(-2, i) for i in (0, 1))),
+    "weights joined": lambda x, w: packed(lambda h: h.chunk(2, dim=-1))(
+        x, w._replace(packed=torch.cat((w.gate, w.up)))
+    ),
+    "einsum of a packed weight": lambda x, w: (
+        (h := torch.einsum("...k,gnk->...gn", x, w.packed.unflatten(0, (2, -1)))) is not None
+        and F.silu(h[..., 0, :]) * h[..., 1, :]
+    ),
     "unflatten, unbind": packed(lambda h: h.unflatten(-1, (2, -1)).unbind(-2)),
     "narrow": packed(lambda h: (h.narrow(-1, 0, h.shape[-1] // 2), h.narrow(-1, h.shape[-1] // 2, h.shape[-1] // 2))),
+    "packed, bias added": lambda x, w: (
+        (h := F.linear(x, w.packed) + w.b_packed) is not None and F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
+    ),
     "packed with bias": lambda x, w: (
         (h := F.linear(x, w.packed, w.b_packed)) is not None and F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
     ),
@@ -244,6 +272,23 @@ RMS: dict[str, Function] = {
     ),
     "weight first": lambda x, w: (x * w.g) * torch.rsqrt(_mean_square(x) + 1e-6),
     "unsqueezed": lambda x, w: x * torch.rsqrt((x * x).mean(-1) + 1e-6).unsqueeze(-1) * w.g,
+    "Σ · 1/n": lambda x, w: x / torch.sqrt((x * x).sum(-1, True) * (1 / x.shape[-1]) + 1e-6) * w.g,
+    "Σ by einsum": lambda x, w: (
+        x * torch.rsqrt(torch.einsum("...i,...i->...", x, x)[..., None] / x.shape[-1] + 1e-6) * w.g
+    ),
+    "|x|²": lambda x, w: x * torch.rsqrt(x.abs().pow(2).mean(-1, True) + 1e-6) * w.g,
+    "reciprocal of sqrt": lambda x, w: x * torch.reciprocal(torch.sqrt(_mean_square(x) + 1e-6)) * w.g,
+    "scale first": lambda x, w: x * (w.g * torch.rsqrt(_mean_square(x) + 1e-6)),
+    "eps in a tensor": lambda x, w: x * torch.rsqrt(_mean_square(x) + torch.full((1,), 1e-6, dtype=x.dtype)) * w.g,
+    "weight expanded": lambda x, w: x * torch.rsqrt(_mean_square(x) + 1e-6) * w.g.expand_as(x),
+    "(1 + w) behind the cast": lambda x, w: (
+        (x.float() * torch.rsqrt(_mean_square(x.float()) + 1e-6)).to(x.dtype) * (1 + w.g)
+    ),
+    "n + n · w": lambda x, w: (n := x * torch.rsqrt(_mean_square(x) + 1e-6)) + n * w.g,
+    "F.rms_norm, 1 + w": lambda x, w: F.rms_norm(x, x.shape[-1:], 1 + w.g, 1e-6),
+    "over two axes": lambda x, w: F.rms_norm(
+        x.unflatten(-1, (4, -1)), (4, x.shape[-1] // 4), w.g.unflatten(0, (4, -1)), 1e-6
+    ).flatten(-2),
     "residual in front": lambda x, w: rms_llama(x + torch.tanh(x), w),
 }
 LAYER: dict[str, Function] = {
@@ -272,6 +317,16 @@ LAYER: dict[str, Function] = {
     "std²": lambda x, w: (
         (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.std(-1, keepdim=True, unbiased=False) ** 2 + 1e-5) * w.g + w.b
     ),
+    "native_layer_norm": lambda x, w: torch.native_layer_norm(x, [x.shape[-1]], w.g, w.b, 1e-5)[0],
+    "(1 + w)": lambda x, w: F.layer_norm(x, x.shape[-1:], w.g + 1, w.b),
+    "(1 + w) by hand": lambda x, w: F.layer_norm(x, x.shape[-1:]) * (1 + w.g) + w.b,
+    "RMSNorm of x − mean": lambda x, w: F.rms_norm(x - x.mean(-1, True), x.shape[-1:], w.g, 1e-5) + w.b,
+    "variance of x − mean": lambda x, w: (
+        (c := x - x.mean(-1, True)) * torch.rsqrt(c.var(-1, correction=0, keepdim=True) + 1e-5) * w.g + w.b
+    ),
+    "std_mean": lambda x, w: (
+        (x - (s := torch.std_mean(x, -1, correction=0, keepdim=True))[1]) / torch.sqrt(s[0] ** 2 + 1e-5) * w.g + w.b
+    ),
     "addcmul": lambda x, w: torch.addcmul(w.b, w.g, F.layer_norm(x, x.shape[-1:])),
     "in float32": lambda x, w: F.layer_norm(x.float(), x.shape[-1:], w.g.float(), w.b.float()).to(x.dtype),
 }  # fmt: skip
@@ -296,7 +351,32 @@ NORM_LINEAR: dict[str, Function] = (
     | {f"LayerNorm: {name}": before_a_linear(norm) for name, norm in LAYER.items()}
     | {f"linear: {name}": before_a_linear(rms_llama, linear) for name, linear in LINEARS.items()}
 )
-MATCHED: dict[str, dict[str, Function]] = {"gated_mlp": GATED, "norm_linear": NORM_LINEAR}
+NORM: dict[str, Function] = {f"RMSNorm: {name}": norm for name, norm in RMS.items()} | {
+    f"LayerNorm: {name}": norm for name, norm in LAYER.items()
+}
+
+
+def behind_a_residual(norm: Function) -> Function:
+    return lambda x, w: norm(x + torch.sin(x), w)
+
+
+ADD_NORM = {name: behind_a_residual(norm) for name, norm in list(NORM.items())[::4]}
+SOFTMAX: dict[str, Function] = {
+    "torch.softmax": lambda x, w: torch.softmax(x, dim=-1),
+    "positive dim": lambda x, w: torch.softmax(x, dim=x.dim() - 1),
+    "in float32": lambda x, w: torch.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype),
+    "scaled": lambda x, w: torch.softmax(x * 0.125, dim=-1),
+    "temperature": lambda x, w: F.softmax(x / 0.7, dim=-1),
+    "exp over sum": lambda x, w: (e := torch.exp(x - x.amax(-1, True))) / e.sum(-1, True),
+    "max.values": lambda x, w: (e := torch.exp(x - x.max(-1, True).values)) / e.sum(-1, True),
+    "reciprocal": lambda x, w: (e := torch.exp(x - x.amax(-1, True))) * e.sum(-1, True).reciprocal(),
+    "unsqueezed": lambda x, w: (e := torch.exp(x - x.amax(-1).unsqueeze(-1))) / e.sum(-1)[..., None],
+    "base two": lambda x, w: (e := torch.exp2((x - x.amax(-1, True)) * math.log2(math.e))) / e.sum(-1, True),
+    "softmin": lambda x, w: F.softmin(x, dim=-1),
+}
+MATCHED: dict[str, dict[str, Function]] = {
+    "gated_mlp": GATED, "norm_linear": NORM_LINEAR, "norm": NORM, "add_norm": ADD_NORM, "softmax": SOFTMAX
+}  # fmt: skip
 
 # ---- what is none -------------------------------------------------------------------------------
 NOT_NORMS: dict[str, Function] = {
@@ -337,7 +417,17 @@ NOT_GATED: dict[str, Function] = {
         (g := F.linear(x, w.gate)) * torch.sigmoid(2 * g) * F.linear(x, w.up)
     ),
 }  # fmt: skip
+NOT_SOFTMAX: dict[str, Function] = {
+    "other axis": lambda x, w: torch.softmax(x, dim=-2),
+    "mean for max": lambda x, w: (e := torch.exp(x - x.mean(-1, True))) / e.sum(-1, True),
+    "mean for sum": lambda x, w: (e := torch.exp(x - x.amax(-1, True))) / e.mean(-1, True),
+    "maximum of all": lambda x, w: (e := torch.exp(x - x.amax())) / e.sum(-1, True),
+    "sum of all": lambda x, w: (e := torch.exp(x - x.amax(-1, True))) / e.sum(),
+    "base three": lambda x, w: (e := torch.pow(3.0, x - x.amax(-1, True))) / e.sum(-1, True),
+}
 REFUSED: dict[str, dict[str, Function]] = {
     "gated_mlp": NOT_GATED,
     "norm_linear": {name: before_a_linear(norm) for name, norm in NOT_NORMS.items()},
+    "norm": NOT_NORMS,
+    "softmax": NOT_SOFTMAX,
 }

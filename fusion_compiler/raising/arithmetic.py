@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from ..algebra import Value
-from ..norms import normalise_product, normalise_sum
-from ..shapes import TRANSPARENT_DTYPES, shape_of
+from ..norms import normalise_product, normalise_sum, shift_of
+from ..shapes import TRANSPARENT_DTYPES, count, shape_of
 from .registry import Rule, rule
 
 if TYPE_CHECKING:
@@ -115,9 +116,18 @@ def _unary(name: str) -> Rule:
 
 
 for _name in (
-    "exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "erf", "abs", "sigmoid", "silu", "relu",
+    "exp", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "erf", "abs", "sigmoid", "silu", "relu",
 ):  # fmt: skip
     rule(getattr(aten, _name).default)(_unary(_name))
+
+
+@rule(aten.exp2.default)
+def _exp2(view: SemanticView, node: Node) -> Value | None:
+    value = view.value(node.all_input_nodes[0])
+    if _is_float(node) and shift_of(view.algebra, value) is not None:  # a softmax in base two is one of x·ln 2
+        scaled = normalise_product(view.algebra, [view.algebra.const(math.log(2.0)), value])
+        return view.algebra.unary("exp", scaled)
+    return _unary("exp2")(view, node)
 
 
 @rule(aten.gelu.default)
@@ -152,14 +162,15 @@ def _clamp(view: SemanticView, node: Node) -> Value | None:
 
 # ---- reductions of the innermost axis ---------------------------------------------------------
 def innermost(node: Node) -> Any | None:
-    """The size of the axis that a reduction node folds, if that is the innermost axis alone."""
+    """How many elements a reduction node folds into one, if these are the innermost axes."""
     source: Any = node.args[0]
     shape = shape_of(source)
     dims: Any = node.args[1] if len(node.args) > 1 else None
     dims = [dims] if isinstance(dims, int) else dims
-    if not shape or dims is None or [d % len(shape) for d in dims] != [len(shape) - 1]:
+    if not shape or not dims:
         return None
-    return shape[-1]
+    first = len(shape) - len(dims)
+    return count(shape[first:]) if sorted(d % len(shape) for d in dims) == [*range(first, len(shape))] else None
 
 
 def _reduction(name: str) -> Rule:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..algebra import Value
+from ..norms import normalise_product
 from ..shapes import TRANSPARENT_DTYPES, Product, count, shape_of
 from .registry import rule
 
@@ -24,8 +25,14 @@ def _mm(view: SemanticView, node: Node) -> Value | None:
 
 @rule(aten.bmm.default)
 def _bmm(view: SemanticView, node: Node) -> Value | None:
-    x, w = node.args
-    return _linear(view, node, x, w) if _has_one_weight(view, node, w) else None
+    args: Any = node.args
+    x, w = args
+    if _has_one_weight(view, node, w):
+        return _linear(view, node, x, w)
+    if shape_of(x)[1] == shape_of(w)[2] == 1 and x.meta["val"].dtype in TRANSPARENT_DTYPES:  # rows times rows
+        rows = normalise_product(view.algebra, [view.value(x), view.value(w)])
+        return view.algebra.make("sum", rows, size=shape_of(x)[2])
+    return None
 
 
 @rule(aten.baddbmm.default)

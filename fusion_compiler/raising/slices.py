@@ -116,6 +116,9 @@ def _getitem(view: SemanticView, node: Node) -> Value | None:
         return _part(view, whole, dim % len(shape_of(whole)), index, index + 1)
     if source.target in (aten.split_with_sizes.default, aten.split.Tensor):
         return _split_part(view, source, index)
+    if source.target is aten.max.dim and index == 0 and source.meta["val"][0].dtype in TRANSPARENT_DTYPES:
+        size = innermost(source)
+        return None if size is None else view.algebra.make("amax", view.value(source.all_input_nodes[0]), size=size)
     if source.target is aten.var_mean.correction:
         if index == 0 and source.kwargs.get("correction", 1) != 0:
             return None
