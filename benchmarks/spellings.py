@@ -5,9 +5,9 @@ python -m benchmarks.spellings --only RMSNorm        spellings whose name contai
 python -m benchmarks.spellings --time 32             seconds of each stage for a Llama of 32 layers, and of Inductor
 
 Nothing here runs a kernel or needs a device. A spelling counts as found where the pattern matches in the graph that
-Inductor hands to its last step. Beside it: in how many captures of the same Dynamo graph Inductor's own pattern matcher,
-joint and post-grad passes included, makes a fusion of its own; its rewrites of one operation (`mm` and `add` into
-`addmm`) are in the figures but are no fusion of these forms.
+Inductor hands to its last step. Beside it: in how many captures of the same Dynamo graph Inductor's own pattern
+matcher, joint and post-grad passes included, makes a fusion of its own; its rewrites of one operation (`mm` and `add`
+into `addmm`) are in the figures but are no fusion of these forms.
 """
 
 from __future__ import annotations
