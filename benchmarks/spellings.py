@@ -44,9 +44,10 @@ def groups() -> dict[str, dict[str, tuple[Function, Callable[[torch.dtype], tupl
     """By pattern and name: a spelling, and what makes its arguments."""
     import matmul_spellings as spell
     import rope_spellings as rope
+    from spelled_graphs import K, weights
 
     def rows(dtype: torch.dtype) -> tuple[Any, ...]:
-        return torch.randn(3, 5, spell.K, dtype=dtype), spell.weights(dtype)
+        return torch.randn(3, 5, K, dtype=dtype), weights(dtype)
 
     def heads(dtype: torch.dtype) -> tuple[Any, ...]:
         return torch.randn(3, 2, 5, 16, dtype=dtype), torch.randn(5, 8)

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from norm_spellings import LAYER, RMS
 from reference import Recorder, evaluate
+from spelled_graphs import Weights, graph, weights
 from torch import Tensor
 
 from fusion_compiler.fused import MatmulFamily
@@ -33,12 +35,12 @@ QUICK = settings(
 )  # fmt: skip
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
-Function = Callable[[Tensor, spell.Weights], Any]
+Function = Callable[[Tensor, Weights], Any]
 
 
-def check(function: Function, x: Tensor, w: spell.Weights, dynamic: bool = False) -> list[Match]:
+def check(function: Function, x: Tensor, w: Weights, dynamic: bool = False) -> list[Match]:
     """All matches in `function`, each compared with eager; those of the function's (first) result are returned."""
-    gm = spell.graph(function, x, w, dynamic)
+    gm = graph(function, x, w, dynamic)
     view = SemanticView(gm)
     matches, _ = find_all(view, PATTERNS)
     values = Recorder(gm).values(x, *w) if matches else {}
@@ -55,9 +57,9 @@ def check(function: Function, x: Tensor, w: spell.Weights, dynamic: bool = False
     return [m for m in matches if view.value(m.site.output) is view.value(result)]
 
 
-def inputs(leading: tuple[int, ...], k: int, n: int, dtype: torch.dtype) -> tuple[Tensor, spell.Weights]:
+def inputs(leading: tuple[int, ...], k: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Weights]:
     torch.manual_seed(len(leading) + k + n)
-    return torch.randn(*leading, k, dtype=dtype) + 0.3, spell.weights(dtype, k, n)
+    return torch.randn(*leading, k, dtype=dtype) + 0.3, weights(dtype, k, n)
 
 
 # ---- right choices ------------------------------------------------------------------------------
@@ -75,14 +77,14 @@ PRODUCTS: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [  # of x, w [n, k]
     lambda x, w, t: x @ t, lambda x, w, t: torch.einsum("...k,nk->...n", x, w),
     lambda x, w, t: torch.mm(x.reshape(-1, x.shape[-1]), w.t()).view(*x.shape[:-1], -1),
 ]  # fmt: skip
-NORMS = [f"RMSNorm: {name}" for name in spell.RMS] + [f"LayerNorm: {name}" for name in spell.LAYER]
+NORMS = [f"RMSNorm: {name}" for name in RMS] + [f"LayerNorm: {name}" for name in LAYER]
 SIZES = st.lists(st.sampled_from([1, 2, 3, 5, 8]), max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16])
 
 
 def _norm(name: str) -> Function:
     kind, spelling = name.split(": ", 1)
-    return {"RMSNorm": spell.RMS, "LayerNorm": spell.LAYER}[kind][spelling]
+    return {"RMSNorm": RMS, "LayerNorm": LAYER}[kind][spelling]
 
 
 @QUICK
@@ -92,7 +94,7 @@ def _norm(name: str) -> Function:
     biased=st.tuples(st.booleans(), st.booleans()), noise=st.lists(st.sampled_from(NOISE), min_size=5, max_size=5),
 )  # fmt: skip
 def test_gated_mlps_match(leading, k, n, dtype, norm, act, product, swapped, biased, noise):
-    def mlp(x: Tensor, w: spell.Weights) -> Tensor:
+    def mlp(x: Tensor, w: Weights) -> Tensor:
         h = noise[0](_norm(norm)(x, w) if norm else x)
         gate, up = product(h, w.gate, w.gate_kn), product(h, w.up, w.up_kn)
         gate, up = (noise[1](gate + w.b_gate if biased[0] else gate), noise[2](up + w.b_up if biased[1] else up))
@@ -110,7 +112,7 @@ def test_gated_mlps_match(leading, k, n, dtype, norm, act, product, swapped, bia
     noise=st.lists(st.sampled_from(NOISE), min_size=3, max_size=3),
 )  # fmt: skip
 def test_linears_behind_norms_match(leading, k, n, dtype, norm, product, biased, dynamic, noise):
-    def behind(x: Tensor, w: spell.Weights) -> Tensor:
+    def behind(x: Tensor, w: Weights) -> Tensor:
         h = product(noise[1](_norm(norm)(noise[0](x), w)), w.gate, w.gate_kn)
         return noise[2](h + w.b_gate if biased else h)
 
@@ -240,7 +242,7 @@ ENDS = [
 def test_what_matches_is_what_eager_computes(
     leading, n, centre, statistic, root, scale, act, second, end, of_centred, kept, normed
 ):
-    def program(x: Tensor, w: spell.Weights) -> Any:
+    def program(x: Tensor, w: Weights) -> Any:
         h = x
         if normed:
             c = centre(x)
