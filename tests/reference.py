@@ -94,6 +94,8 @@ def _pointwise(value: Value, accumulators: list[Tensor], extras: list[Tensor], r
     args = [_pointwise(a, accumulators, extras, row) for a in value.args]
     if value.op in ("mean", "sum", "amax"):
         return getattr(torch, value.op)(args[0].expand(row), -1, keepdim=True)  # type: ignore[no-any-return]
+    if value.op == "cast":
+        return args[0]
     if value.op == "where":
         return torch.where(args[0] != 0, args[1], args[2])
     if value.op == "add":

@@ -254,7 +254,7 @@ def test_what_matches_is_what_eager_computes(
     x, w = inputs(leading, 4, n, torch.float32)
     try:
         program(x, w)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         assume(False)  # shapes that do not go together
     check(program, x, w)
 

@@ -186,9 +186,15 @@ def test_what_matches_as_a_softmax_is_what_eager_computes(shape, masked, softmax
     torch.manual_seed(sum(shape))
     s = torch.randn(shape)
     try:
-        program(s)
+        eager, exact = program(s), program(s.double())
     except (RuntimeError, IndexError):
         assume(False)
+    if isinstance(eager, Tensor):
+        eager, exact = (eager,), (exact,)
+    close = (
+        torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in zip(eager, exact, strict=True)
+    )
+    assume(all(close))  # eager itself loses a small number beside 1e9
     check(program, s)
 
 
