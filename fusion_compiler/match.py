@@ -56,7 +56,8 @@ def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[M
         taken = {output for m in matches for output in m.site.outputs}
         matches += found
         near_misses += [n for n in almost if n.root not in taken]
-    outputs = {m.site.output for m in matches}
+    # what was found there instead says enough, but a softmax says nothing of the attention it might have been part of
+    outputs = {m.site.output for m in matches if m.pattern != "softmax"}
     return _share_prologues(matches), [n for n in near_misses if n.node not in outputs]
 
 

@@ -213,3 +213,13 @@ def test_many_explanations_leave_no_trace(model: torch.nn.Module, caplog: pytest
         compiled: list[torch.fx.GraphModule] = []
         torch.compile(model, backend=lambda gm, inputs: compiled.append(gm) or gm.forward)(torch.randn(3, 64))
     assert len(compiled) == graphs and "recompile_limit" not in caplog.text
+
+
+def test_a_softmax_found_does_not_hide_why_there_is_no_attention() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = torch.softmax(q @ k.mT * 0.25, -1)
+        return weights @ v, weights
+
+    report = fc.explain(torch.no_grad()(attend), *torch.randn(3, 2, 4, 48, 16), machine="h200")
+    assert [d.pattern for d in report.decisions] == ["softmax"]
+    assert ["need_weights=False" in n.reason for n in report.near_misses if n.pattern == "attention"] == [True]
