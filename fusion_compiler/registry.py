@@ -133,12 +133,13 @@ def register_kernel(
 ) -> RegisteredKernel:
     """Offers `function` wherever `pattern` matches; it runs where it is predicted to be fastest.
 
-    function: takes the pattern's arguments in order and returns what the pattern returns; for "rope" these are the
-              arguments of `rope.rope` here. Plain PyTorch: ATen operators, a `torch.library.custom_op`, a Triton
-              kernel in a `torch.library.triton_op`. Absent optional arguments are None, literals numbers, choices the
-              chosen alternative.
+    function: takes the pattern's arguments in order and returns what the pattern returns; for "attention" and "rope"
+              these are the arguments of `attention.reference.attention` and `rope.rope` here. Plain PyTorch: ATen
+              operators, a `torch.library.custom_op`, a Triton kernel in a `torch.library.triton_op`. Absent optional
+              arguments are None, literals numbers, choices the chosen alternative.
     machines: where it may run: names ("h200"), kinds ("cuda", "rocm", "cpu") or `Machine`s; None: everywhere.
-    cost:     cost(machine, *arguments) gives its seconds; the arguments are those of `function`, tensors without data.
+    cost:     cost(machine, *arguments) gives its seconds, infinity where it cannot serve; the arguments are those of
+              `function`, tensors without data. For "attention" it is cost(machine, op), with a `fused.Attention`.
               None: every input read once and the output written once, and the arithmetic done, at the machine's rates.
     name:     what the report calls it; by default the function's name.
 

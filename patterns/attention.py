@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from fusion_compiler.attention import find_attention
+from fusion_compiler.attention import attention as computed
+from fusion_compiler.attention import example, find_attention
 from fusion_compiler.match import Match, NearMiss
 from fusion_compiler.pattern import Example, RecognisedPattern
 from fusion_compiler.semantics import SemanticView
@@ -46,6 +47,8 @@ def _find(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
 attention = RecognisedPattern(
     name="attention",
     function=scaled_dot_product,
+    computes=computed,
+    arguments=example,
     find=_find,
     examples=(
         Example(_heads),

@@ -18,7 +18,7 @@ from fusion_compiler import backend, kernels, registry, report
 from fusion_compiler.fused import Declared
 from fusion_compiler.lowering.registered import RegisteredKernels
 from fusion_compiler.machine import machine
-from fusion_compiler.pattern import Pattern, trace
+from fusion_compiler.pattern import Pattern, RecognisedPattern, trace
 from fusion_compiler.registry import KernelError
 from fusion_compiler.variants import PatternError
 
@@ -237,8 +237,8 @@ def test_wrong_kernels(case: str) -> None:
 def test_kernels_need_a_pattern_and_a_name_of_their_own() -> None:
     with pytest.raises(PatternError, match="no pattern 'gated_mpl'.*'gated_mlp'"):
         fc.register_kernel("gated_mpl", lambda x: x)
-    with pytest.raises(KernelError, match="'attention' is recognised by code of its own"):
-        fc.register_kernel("attention", lambda q, k, v: v)
+    with pytest.raises(KernelError, match="'own' is recognised by code of its own"):
+        fc.register_kernel(RecognisedPattern("own", torch.relu, lambda view: ([], [])), torch.relu)
     p = softplus_pattern()
     fc.register_kernel(p, linear_softplus, name="k")
     with pytest.raises(ValueError, match="has a kernel 'k' already"):

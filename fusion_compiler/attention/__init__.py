@@ -3,11 +3,13 @@
 axes, arrangements: views as factorised axes, and back · contraction: batched products · scores: what lies between the
 two products · softmax, late_division: the softmax in every spelling · masks: what a mask is proved to be, from
 index_functions and limits · roles: which axis is which · sdpa_calls: attention that the graph already calls by name ·
-refusals: why something is none.
+refusals: why something is none ·
+operands: operands as nodes of the shapes that kernels want · reference: what a registered kernel computes.
 """
 
 from __future__ import annotations
 
 from .recognise import find_attention
+from .reference import attention, example
 
-__all__ = ["find_attention"]
+__all__ = ["attention", "example", "find_attention"]

@@ -10,22 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import sympy
 import torch
 from torch.fx import Node
 
-from fusion_compiler.candidates import Amount, Candidate, Traffic, Unavailable
+from fusion_compiler.candidates import Candidate, Traffic, Unavailable
 from fusion_compiler.cost.amounts import product
 from fusion_compiler.cost.roofline import roofline
-from fusion_compiler.fused import Declared, FusedOp, Site
+from fusion_compiler.fused import Attention, Declared, FusedOp, Site
 from fusion_compiler.kernels import RegisteredKernel, kernels_of
 from fusion_compiler.machine import Machine
 from fusion_compiler.shapes import extent
 from fusion_compiler.splice import Builder, SpliceError
-from fusion_compiler.torch_private.functional_trace import functional_trace
-from fusion_compiler.variants import results_of
+
+from . import attention
+from .inlined import inline, stated
 
 NONE = "no kernel is registered for {0} and none is generated: {1} (fusion_compiler.register_kernel offers yours)"
 POINTWISE = "Inductor makes one kernel of pointwise operations already"
@@ -38,6 +38,8 @@ class RegisteredKernels:
     name: str = "registered"
 
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
+        if isinstance(op, Attention):
+            return attention.candidates(op, machine)
         if not isinstance(op, Declared):
             return []
         known = kernels_of(op.function)
@@ -54,7 +56,7 @@ class RegisteredKernels:
 
 def _candidate(op: Declared, kernel: RegisteredKernel, machine: Machine) -> Candidate:
     traffic = _traffic(op)
-    seconds = roofline(traffic, machine, op.dtype) if kernel.cost is None else _stated(kernel, machine, op)
+    seconds = roofline(traffic, machine, op.dtype) if kernel.cost is None else stated(kernel, machine, *op.arguments)
     basis = "its traffic" if kernel.cost is None else "its own cost function"
     return Candidate(
         name=f"registered.{kernel.name}",
@@ -74,17 +76,6 @@ def _traffic(op: Declared) -> Traffic:
 
 def _bytes(value: torch.Tensor) -> Any:
     return product(value.shape) * value.dtype.itemsize
-
-
-def _stated(kernel: RegisteredKernel, machine: Machine, op: Declared) -> Amount:
-    """The seconds that the kernel's own cost function gives."""
-    assert kernel.cost is not None
-    seconds = kernel.cost(machine, *op.arguments)
-    if isinstance(seconds, (torch.SymFloat, torch.SymInt)):
-        return cast(sympy.Expr, seconds.node.expr)
-    if not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise ValueError(f"the cost function of kernel {kernel.name!r} gives {seconds!r}; it must give seconds")
-    return float(seconds)
 
 
 def _emit(op: Declared, kernel: RegisteredKernel, builder: Builder, site: Site) -> tuple[Node, ...]:
@@ -108,36 +99,6 @@ def _like(builder: Builder, result: Node, output: Node) -> Node:
     if result.meta["val"].dtype != wanted.dtype:
         result = builder.call(torch.ops.prims.convert_element_type.default, result, wanted.dtype)
     return builder.reshape(result, list(wanted.shape))
-
-
-def inline(builder: Builder, kernel: RegisteredKernel, op: Declared, operands: list[Node]) -> tuple[Node, ...]:
-    """The nodes of the kernel's function on `operands`; returns those that hold its results."""
-
-    def call(*tensors: torch.Tensor) -> Any:
-        rest = iter(tensors)
-        return kernel.function(*(next(rest) if isinstance(a, torch.Tensor) else a for a in op.arguments))
-
-    traced = functional_trace(call, [node.meta["val"] for node in operands], builder.fake_mode)
-    here: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-    for node in traced.graph.nodes:
-        if node.op == "get_attr":
-            raise SpliceError(
-                f"kernel {kernel.name!r} holds a tensor of its own; make it from its arguments, or with torch.full"
-            )
-        if node.op == "call_function":
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), here.__getitem__)
-            here[node] = builder.call(node.target, *args, **kwargs)
-    results = results_of(traced)
-    if results is None:
-        raise SpliceError(f"kernel {kernel.name!r} returns something else than tensors")
-    found = (here[result] for result in results)
-    return tuple(builder.call(torch.ops.aten.clone.default, n) if _shares_memory(n, operands) else n for n in found)
-
-
-def _shares_memory(node: Node, operands: list[Node]) -> bool:
-    """Whether a result is a view of an argument, which nothing that a graph computes may be."""
-    storages = [n.meta["val"].untyped_storage()._cdata for n in (node, *operands)]
-    return storages[0] in storages[1:]
 
 
 def _kind(value: Any) -> str:

@@ -18,10 +18,11 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusion_compiler.attention.operands import added_mask, arranged, expanded, number, scaled_queries
 from fusion_compiler.candidates import Candidate, Traffic, Unavailable
 from fusion_compiler.cost.amounts import Condition, amount
 from fusion_compiler.cost.roofline import attention_seconds, attention_traffic
-from fusion_compiler.fused import Attention, FusedOp, Layout, Site
+from fusion_compiler.fused import Attention, FusedOp, Site
 from fusion_compiler.machine import Machine
 from fusion_compiler.splice import Builder
 
@@ -182,10 +183,9 @@ def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> Condition:
 # ---- emission -------------------------------------------------------------------------------------
 def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: Builder, site: Site) -> Node:
     q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
-    if op.scale_operand:
-        q = builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, site.operands[-1])
+    q = scaled_queries(op, builder, site, q)
     q, k, v = (_rows_in_one_piece(builder, node) for node in (q, k, v))
-    added = _added(op, builder, site) if masked else None
+    added = added_mask(op, builder, site) if masked else None
     mask = _mask(op, backend, builder, added) if added is not None else None
     positional, keywords = backend.arguments(q, k, v, mask, causal, op.scale)
     out = builder.call(operator.getitem, builder.call(backend.operator, *positional, **keywords), 0)
@@ -201,20 +201,6 @@ def _rows_in_one_piece(builder: Builder, node: Node) -> Node:
     return node if dense else builder.contiguous(node)
 
 
-def _added(op: Attention, builder: Builder, site: Site) -> Node:
-    """The mask tensor as what is added to scores, in the dtype of q, four-dimensional.
-
-    Where rows that see nothing average, the least number hides and not −∞: such rows stay equal, as in eager.
-    """
-    node = arranged(builder, site.operands[3], op.layouts[3])
-    if op.mask.tensor == "additive":
-        return node
-    hides = torch.finfo(op.dtype).min if op.mask.empty_rows == "mean" else float("-inf")
-    zero, hiding = (_number(builder, value, op.dtype, like=node) for value in (0.0, hides))
-    kept, dropped = (zero, hiding) if op.mask.tensor == "visible" else (hiding, zero)
-    return builder.call(aten.where.self, node, kept, dropped)
-
-
 def _mask(op: Attention, backend: Backend, builder: Builder, added: Node) -> Node:
     """The mask as SDPA kernels want it: not broadcast in its last two dimensions."""
     batch, heads = (op.batch, op.heads) if backend.mask_per_head else added.meta["val"].shape[:2]
@@ -225,27 +211,4 @@ def _not_a_number_where_all_is_hidden(builder: Builder, added: Node, out: Node) 
     """The softmax over nothing but −∞ is 0/0; SDPA kernels give 0 there."""
     most = builder.call(aten.amax.default, added, [-1], True)
     hidden = builder.call(aten.eq.Scalar, most, float("-inf"))
-    return builder.call(aten.where.self, hidden, _number(builder, float("nan"), out.meta["val"].dtype, like=out), out)
-
-
-def _number(builder: Builder, value: float, dtype: torch.dtype, *, like: Node) -> Node:
-    return builder.call(aten.full.default, [], value, dtype=dtype, device=like.meta["val"].device, pin_memory=False)
-
-
-def arranged(builder: Builder, node: Node, layout: Layout) -> Node:
-    """`node` brought into a layout."""
-    if list(layout.order) != sorted(layout.order):
-        node = builder.reshape(node, layout.split)
-        node = builder.call(aten.permute.default, node, list(layout.order))
-    node = expanded(builder, builder.reshape(node, layout.merged), layout.shape)
-    if node.meta["val"].dtype != layout.dtype:
-        node = builder.call(torch.ops.prims.convert_element_type.default, node, layout.dtype)
-    return node
-
-
-def expanded(builder: Builder, node: Node, shape: tuple[int | torch.SymInt, ...]) -> Node:
-    """`node` broadcast to `shape`; the node itself where it has that shape."""
-    have = node.meta["val"].shape
-    if all(a is b or _equal(a, b) is True for a, b in zip(have, shape, strict=True)):
-        return node
-    return builder.call(aten.expand.default, node, list(shape))
+    return builder.call(aten.where.self, hidden, number(builder, float("nan"), out.meta["val"].dtype, like=out), out)

@@ -1,0 +1,62 @@
+"""The operands of a found attention as nodes of the shapes that `fused.Attention` documents."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch.fx import Node
+
+from ..cost.amounts import amount
+from ..fused import Attention, Layout, Site
+from ..splice import Builder
+
+aten = torch.ops.aten
+
+
+def scaled_queries(op: Attention, builder: Builder, site: Site, q: Node) -> Node:
+    """The queries with what scales the scores, where that is a tensor."""
+    if not op.scale_operand:
+        return q
+    return builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, site.operands[-1])
+
+
+def added_mask(op: Attention, builder: Builder, site: Site) -> Node:
+    """The mask tensor as what is added to scores, in the dtype of q, four-dimensional.
+
+    Where rows that see nothing average, the least number hides and not −∞: such rows stay equal, as in eager.
+    """
+    node = arranged(builder, site.operands[3], op.layouts[3])
+    if op.mask.tensor == "additive":
+        return node
+    hides = torch.finfo(op.dtype).min if op.mask.empty_rows == "mean" else float("-inf")
+    zero, hiding = (number(builder, value, op.dtype, like=node) for value in (0.0, hides))
+    kept, dropped = (zero, hiding) if op.mask.tensor == "visible" else (hiding, zero)
+    return builder.call(aten.where.self, node, kept, dropped)
+
+
+def number(builder: Builder, value: float, dtype: torch.dtype, *, like: Node) -> Node:
+    """A scalar tensor on the device of `like`."""
+    return builder.call(aten.full.default, [], value, dtype=dtype, device=like.meta["val"].device, pin_memory=False)
+
+
+def arranged(builder: Builder, node: Node, layout: Layout) -> Node:
+    """`node` brought into a layout."""
+    if list(layout.order) != sorted(layout.order):
+        node = builder.reshape(node, layout.split)
+        node = builder.call(aten.permute.default, node, list(layout.order))
+    node = expanded(builder, builder.reshape(node, layout.merged), layout.shape)
+    if node.meta["val"].dtype != layout.dtype:
+        node = builder.call(torch.ops.prims.convert_element_type.default, node, layout.dtype)
+    return node
+
+
+def expanded(builder: Builder, node: Node, shape: tuple[int | torch.SymInt, ...]) -> Node:
+    """`node` broadcast to `shape`; the node itself where it has that shape."""
+    have = node.meta["val"].shape
+    if all(a is b or _same(a, b) for a, b in zip(have, shape, strict=True)):
+        return node
+    return builder.call(aten.expand.default, node, list(shape))
+
+
+def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    return bool(sympy.Eq(amount(a), amount(b)) == sympy.true)
