@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from . import harness
 # the spellings are those of the tests
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEW = ((torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.bfloat16, True))
 DYNAMIC = {3, 5}  # the sizes of rows: batch and length
 
 Table = list[dict[str, Any]]
@@ -56,8 +58,10 @@ def groups() -> dict[str, dict[str, tuple[Function, Callable[[torch.dtype], tupl
     return found | {"rope": {name: (f, heads) for name, f in rope.MATCHED.items()}}
 
 
-def capture(function: Function, inputs: tuple[Any, ...], dynamic: bool) -> tuple[list[torch.fx.GraphModule], set[str]]:
-    """(the graphs that our last step gets, Inductor's counters of what its passes matched in the same Dynamo graph)."""
+def capture(
+    function: Function, inputs: tuple[Any, ...], dynamic: bool, compare: bool
+) -> tuple[list[torch.fx.GraphModule], set[str]]:
+    """(the graphs that our last step gets, where to `compare` Inductor's counters of what its passes matched)."""
     graphs: list[torch.fx.GraphModule] = []
     matched: set[str] = set()
 
@@ -79,7 +83,7 @@ def capture(function: Function, inputs: tuple[Any, ...], dynamic: bool) -> tuple
 
         counters.clear()
         with torch._functorch.config.patch(enable_autograd_cache=False):
-            compile_fx(copy.deepcopy(gm), example_inputs, inner_compile=theirs)
+            _ = compile_fx(copy.deepcopy(gm), example_inputs, inner_compile=theirs) if compare else None
         return inductor.compile_graph(gm, example_inputs, ours, {})
 
     torch._dynamo.reset()
@@ -94,29 +98,28 @@ def capture(function: Function, inputs: tuple[Any, ...], dynamic: bool) -> tuple
 GENERIC = ("pattern_matcher_count", "pattern_matcher_nodes")  # rewrites of any kind
 
 
-def spellings(only: str, tiny: bool) -> Table:
+def spellings(only: str, few: bool) -> Iterator[dict[str, Any]]:
     """One row per spelling: in how many of the forms it was found, and what was said where it was not."""
-    rows: Table = []
     patterns = {p.name: p for p in registry.builtin_patterns()}
     for pattern, table in groups().items():
         for name, (function, inputs) in table.items():
-            if only not in name:
+            if only not in f"{pattern} {name}":
                 continue
             row: dict[str, Any] = {"pattern": pattern, "spelling": name, "found": 0, "of": 0}
-            row |= {"inductor": 0, "its_counters": [], "reasons": []}
-            for dtype in DTYPES[:1] if tiny else DTYPES:
-                for dynamic in (False, True):
-                    graphs, theirs = capture(function, inputs(dtype), dynamic)
-                    looked = [find_all(SemanticView(gm), [patterns[pattern]]) for gm in graphs]
-                    found = any(matches for matches, _ in looked)
-                    row["of"] += 1
-                    row["found"] += found
-                    row["inductor"] += bool(theirs - {*GENERIC})
-                    row["its_counters"] = sorted({*row["its_counters"], *theirs})
-                    if not found:
-                        row["reasons"] += [n.reason for _, near in looked for n in near] or ["nothing was said"]
-            rows.append(row)
-    return rows
+            row |= {"inductor": 0, "compared": 0, "its_counters": [], "reasons": []}
+            for i, (dtype, dynamic) in enumerate(FEW if few else itertools.product(DTYPES, (False, True))):
+                compare = i == 0 or not few
+                graphs, theirs = capture(function, inputs(dtype), dynamic, compare)
+                looked = [find_all(SemanticView(gm), [patterns[pattern]]) for gm in graphs]
+                found = any(matches for matches, _ in looked)
+                row["of"] += 1
+                row["found"] += found
+                row["compared"] += compare
+                row["inductor"] += bool(theirs - {*GENERIC})
+                row["its_counters"] = sorted({*row["its_counters"], *theirs})
+                if not found:
+                    row["reasons"] += [n.reason for _, near in looked for n in near] or ["nothing was said"]
+            yield row
 
 
 def stages(layers: int, machine: str) -> Table:
@@ -165,32 +168,35 @@ def summary(rows: Table) -> str:
     lines = []
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
         part = [row for row in rows if row["pattern"] == pattern]
-        of, ours, theirs = (sum(row[key] for row in part) for key in ("of", "found", "inductor"))
-        lines.append([pattern, str(len(part)), f"{ours} of {of}", str(theirs)])
+        of, ours, theirs, compared = (sum(row[k] for row in part) for k in ("of", "found", "inductor", "compared"))
+        lines.append([pattern, str(len(part)), f"{ours} of {of}", f"{theirs} of {compared}"])
     return harness.markdown(["pattern", "spellings", "captures found", "fusions of Inductor's own"], lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", type=int, metavar="LAYERS")
-    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--only", default="", help="pattern and name contain this")
     parser.add_argument("--machine", default="h200")
-    parser.add_argument("--tiny", action="store_true", help="float32 only")
+    parser.add_argument("--few", action="store_true", help="four captures of each, with Inductor's beside the first")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.time:
         rows = stages(args.time, args.machine)
         print(harness.markdown(list(rows[0]), [[str(v) for v in row.values()] for row in rows]))
+        harness.write_json(args.json, torch.device("cpu"), rows)
         missed = []
     else:
-        rows = spellings(args.only, args.tiny)
+        rows = []
+        for row in spellings(args.only, args.few):
+            rows.append(row)
+            harness.write_json(args.json, torch.device("cpu"), rows)
         missed = [row for row in rows if row["found"] < row["of"]]
         shown = [[*map(str, list(row.values())[:5]), "; ".join(row["reasons"])] for row in rows]
         print(harness.markdown(["pattern", "spelling", "found", "of", "Inductor", "missed"], shown))
         print(f"\n{summary(rows)}")
         print(f"\n{len(rows) - len(missed)} of {len(rows)} spellings found in every form, torch {torch.__version__}")
-    harness.write_json(args.json, torch.device("cpu"), rows)
     return 1 if missed else 0
 
 
