@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,39 @@ def test_a_right_kernel_is_verified(remainder: str, dynamic: bool, recwarn: pyte
     assert [d.error is not None and d.error < 1e-5 for d in report.fused] == [True]
     assert "verified: largest relative difference" in str(report)
     assert not [w for w in recwarn if issubclass(w.category, WrongKernel)]
+
+
+def residual_norm(x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x + r
+    return F.rms_norm(h, h.shape[-1:], eps=1e-5), h
+
+
+@pytest.mark.parametrize(("wrong", "remainder"), [(0, "eager"), (1, "eager"), (None, "eager"), (1, "inductor")])
+def test_each_of_several_results_is_verified(wrong: int | None, remainder: str) -> None:
+    p = declared(residual_norm, *tensors((3, 8), (3, 8)))
+
+    def kernel(x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t * (1.01 if i == wrong else 1.0) for i, t in enumerate(residual_norm(x, r)))
+
+    def block(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        y, h = residual_norm(x.sin(), r)
+        return (h * 2).cumsum(-1) + y.cumsum(-1)
+
+    fc.register_kernel(p, kernel, cost=lambda *_: 1e-9, name="mine")
+    options = {"patterns": [p], "remainder": remainder, "verify": True, "disable": ["norm", "add_norm"]}
+    fn = torch.compile(block, backend=fusion_compiler, options=options, dynamic=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", WrongKernel)
+        for rows in (5, 7):
+            x, r = tensors((rows, 8), (rows, 8))
+            assert (fn(x, r) - block(x, r)).abs().max() < (1e-4 if wrong is None else 1.0)
+    told = [str(w.message) for w in said if issubclass(w.category, WrongKernel)]
+    assert len(told) == (0 if wrong is None else 2) and all("mine (registered) for residual_norm" in t for t in told)
+    made = fc.last_report()
+    assert made is not None
+    [decision] = made.fused
+    assert decision.error == pytest.approx(0.0 if wrong is None else 0.01, rel=0.05, abs=1e-5)
+    assert decision.verification.wrong == (wrong is not None)
 
 
 def test_other_strides_are_brought_into_the_old_layout() -> None:
