@@ -70,7 +70,9 @@ def fusion_compiler(
 
 def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
     known, modes = registry.names(), list(inductor.modes())
-    parsed = Options.parse(options, mode=mode, patterns=known, machines=[*TABLE, "cpu"], modes=modes)
+    parsed = Options.parse(
+        options, mode=mode, patterns=known, machines=[*TABLE, "cpu"], modes=modes, settings=inductor.settings()
+    )
     registry.check_local(parsed.patterns)
     return parsed
 

@@ -49,8 +49,9 @@ class Options:
         patterns: Collection[str],
         machines: Collection[str],
         modes: Collection[str],
+        settings: Mapping[str, Any],
     ) -> Options:
-        """Options from a mapping; `patterns`, `machines` and `modes` are the names that exist."""
+        """Options from a mapping; `patterns`, `machines` and `modes` are the names that exist, `settings` Inductor's."""
         if isinstance(given, Options):
             return given
         given = dict(given or {})
@@ -77,6 +78,11 @@ class Options:
             _one_of("machine", given["machine"], machines)
         if not isinstance(given.get("inductor", {}), Mapping | None):
             raise OptionError(f"option 'inductor' is a mapping of Inductor's settings, not {given['inductor']!r}")
+        for name, value in (given.get("inductor") or {}).items():
+            if name not in settings:
+                raise OptionError(f"unknown setting of Inductor {name!r}{hint(name, settings)}")
+            if isinstance(settings[name], bool) and not isinstance(value, bool | None):
+                raise OptionError(f"Inductor's setting {name!r} is True or False, not {value!r}")
         return Options(**given)
 
 

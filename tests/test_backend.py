@@ -234,6 +234,8 @@ def test_disabled_patterns_are_left_out() -> None:
         ({"mode": "fastest"}, "option 'mode' .* reduce-overhead"),
         ({"patterns": "attention"}, "option 'patterns' is a sequence"),
         ({"inductor": ["max_autotune"]}, "mapping of Inductor's settings"),
+        ({"inductor": {"triton.cudagraph": True}}, r"'triton.cudagraph' \(did you mean 'triton.cudagraphs'\?\)"),
+        ({"inductor": {"max_autotune": "no"}}, "'max_autotune' is True or False, not 'no'"),
     ],
 )
 def test_wrong_options_say_what_exists(options: dict[str, Any], words: str) -> None:

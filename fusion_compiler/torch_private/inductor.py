@@ -65,3 +65,10 @@ def modes() -> dict[str, dict[str, Any]]:
     import torch._inductor
 
     return torch._inductor.list_mode_options()
+
+
+def settings() -> dict[str, Any]:
+    """Inductor's settings and their values, nested ones as "triton.cudagraphs"."""
+    from torch._inductor import config
+
+    return dict(config.get_config_copy())
