@@ -51,7 +51,7 @@ class Options:
         modes: Collection[str],
         settings: Mapping[str, Any],
     ) -> Options:
-        """Options from a mapping; `patterns`, `machines` and `modes` are the names that exist, `settings` Inductor's."""
+        """Options from a mapping; `patterns`, `machines`, `modes` are the names that exist, `settings` Inductor's."""
         if isinstance(given, Options):
             return given
         given = dict(given or {})
