@@ -65,6 +65,36 @@ def test_complex_numbers_are_computed_in_real_ones() -> None:
     torch.testing.assert_close(out, complex_polar(x, angles), rtol=1e-2, atol=1e-2)
 
 
+def test_pairs_that_are_put_into_halves_stay_there() -> None:
+    """They are turned, but no kernel of ours puts its results in another order than it reads."""
+
+    def into_halves(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        turns = torch.polar(torch.ones_like(angles), angles)
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * turns
+        return torch.cat(torch.view_as_real(pairs).unbind(-1), -1).type_as(x)
+
+    x, angles = torch.randn(2, 8, 64, 64, dtype=torch.bfloat16), torch.randn(64, 32)
+    out, made = run(into_halves, x, angles)
+    torch.testing.assert_close(out, into_halves(x, angles), rtol=1e-2, atol=1e-2)
+    assert not made.fused and "joined otherwise" in made.decisions[0].reason
+
+
+def test_as_many_heads_as_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cos [B, S, D] broadcasts to x [B, H, S, D] too where B = H; [B, 1, S, D] is what is multiplied."""
+    monkeypatch.setattr(kernels, "_kernels", {})
+    fc.register_kernel("rope", lambda *given: computed(*given), cost=lambda *_: 1e-9)
+
+    def llama_by_batch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        cos, sin = cos.reshape(4, 5, 16), sin.reshape(4, 5, 16)
+        a, b = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
+
+    x, cos, sin = torch.randn(4, 4, 5, 16), torch.randn(20, 16), torch.randn(20, 16)
+    out, made = run(llama_by_batch, x, cos, sin)
+    assert [d.pattern for d in made.fused] == ["rope"]
+    torch.testing.assert_close(out, llama_by_batch(x, cos, sin))
+
+
 # ---- registered kernels ---------------------------------------------------------------------------
 @pytest.mark.parametrize(("function", "interleaved"), [(llama, False), (gpt_j, True)])
 def test_a_registered_kernel(
