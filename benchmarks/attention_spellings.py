@@ -126,6 +126,8 @@ def verdict(graphs: list[torch.fx.GraphModule], wanted: Mapping[str, Any]) -> st
     (op,) = ops
     assert isinstance(op, Attention)
     have = {name: getattr(op, name) if hasattr(op, name) else getattr(op.mask, name) for name in wanted}
+    # a symbolic size is what it was when traced
+    have = {n: v.node.hint if isinstance(v, torch.SymInt) else v for n, v in have.items()}
     wrong = {n: have[n] for n in wanted if str(have[n]) != str(wanted[n]) and not _close(have[n], wanted[n])}
     return f"{wrong} ({op.mask.proof})" if wrong else ""
 
