@@ -33,6 +33,7 @@ from torch.fx import Node
 from . import matmul_family, row_reduction
 from .algebra import Value
 from .arguments import Binder
+from .attention import attention, declared_attention, example, find_like
 from .fused import FusedOp, Site
 from .kernels import kernels_of
 from .match import Match, NearMiss
@@ -277,8 +278,10 @@ def pattern(
     constraints: Sequence[Constraint] = (),
     examples: Sequence[Example],
     lookalikes: Lookalikes | None = None,
-) -> Callable[[Callable[..., Any]], Pattern]:
-    """Declare a pattern. The first example is also what the function is traced with, so it gives every argument.
+) -> Callable[[Callable[..., Any]], Any]:
+    """Declare a pattern: a `Pattern`, or where the function is an attention a `RecognisedPattern`.
+
+    The first example is also what the function is traced with, so it gives every argument.
     `lookalikes` may name further values that deserve a near miss, each with its reason.
 
     Raises PatternError where the function cannot be traced, or could match nothing.
@@ -286,7 +289,7 @@ def pattern(
     if not examples:
         raise PatternError(f"pattern {name!r} has no example; give one, so that the function can be traced")
 
-    def declare(function: Callable[..., Any]) -> Pattern:
+    def declare(function: Callable[..., Any]) -> Pattern | RecognisedPattern:
         declared = Pattern(name, function, tuple(constraints), tuple(examples), lookalikes)
         known = {"op", "site", *declared.parameters.names}
         for constraint in constraints:
@@ -295,7 +298,37 @@ def pattern(
                     raise PatternError(
                         f"pattern {name!r}: a constraint asks for `{p.name}`; it can ask for {', '.join(sorted(known))}"
                     )
-        assert declared.variants  # raises what is wrong with the function
+        try:
+            assert declared.variants  # raises what is wrong with the function
+        except PatternError:
+            of_attention = _of_attention(declared)
+            if of_attention is None:
+                raise
+            return of_attention
         return declared
 
     return declare
+
+
+def _of_attention(declared: Pattern) -> RecognisedPattern | None:
+    """The pattern where its function is an attention, which is more than a value."""
+    with torch.random.fork_rng(devices=()):
+        inputs = declared.examples[0].inputs()
+    try:
+        like = declared_attention(trace(declared, inputs))
+    except Exception:
+        return None  # the error that led here says it better
+    if like is None:
+        return None
+
+    def refusal(op: FusedOp, site: Site) -> str | None:
+        return next((r for c in declared.constraints if (r := ask(c, {"op": op, "site": site})) is not None), None)
+
+    return RecognisedPattern(
+        name=declared.name,
+        function=declared.function,
+        find=lambda view: find_like(declared.name, like, refusal, view.graph_module),
+        examples=declared.examples,
+        computes=attention,
+        arguments=example,
+    )

@@ -32,6 +32,7 @@ def mine(
 
 def run(function: Callable[..., Tensor], *inputs: Tensor, **more: Any) -> tuple[Tensor, fc.Report]:
     options = {"strict": True, "remainder": "eager", "verify": True, **more}
+    torch._dynamo.reset()
     with torch.no_grad():
         out = torch.compile(function, backend=backend.fusion_compiler, options=options)(*inputs)
     made = fc.last_report()
@@ -101,3 +102,62 @@ def test_sdpa_itself_can_be_registered() -> None:
     assert [d.kernel for d in made.fused] == ["sdpa (registered)"]
     _, made = run(capped, *heads())
     assert not made.fused
+
+
+# ---- declared patterns ----------------------------------------------------------------------------
+def qkv() -> tuple[Tensor, ...]:
+    return torch.randn(2, 4, 12, 16), torch.randn(2, 4, 12, 16), torch.randn(2, 4, 12, 16)
+
+
+@fc.pattern(name="alibi", examples=[fc.Example(lambda: (*qkv(), torch.randn(4)))])
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    distance = torch.arange(k.shape[-2])[None, :] - torch.arange(q.shape[-2])[:, None]
+    return torch.softmax(q @ k.mT * 0.25 + slopes[:, None, None] * distance, -1) @ v
+
+
+@fc.pattern(
+    name="softcapped", examples=[fc.Example(qkv)], constraints=[lambda op: "too wide" if op.v_dim > 64 else None]
+)
+def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(30.0 * torch.tanh(q @ k.mT / 30.0), -1) @ v
+
+
+ONLY = [p.name for p in fc.patterns()]
+
+
+def test_a_declared_score_modification_needs_no_kernel() -> None:
+    def model(x: Tensor, slopes: Tensor) -> Tensor:
+        bias = slopes.view(4, 1, 1) * (torch.arange(1024).view(1, -1) - torch.arange(1024).view(-1, 1)).float()
+        return torch.matmul(F.softmax(bias + torch.einsum("bhqd,bhkd->bhqk", x, x) / 4, dim=-1), x)
+
+    inputs = torch.randn(1, 4, 1024, 16), torch.rand(4)
+    out, made = run(model, *inputs, patterns=[alibi], disable=ONLY)
+    [decision] = made.decisions
+    assert decision.pattern == "alibi" and "scaled_dot_product" in decision.kernel, decision.reason
+    wanted = model(*(t.double() for t in inputs))
+    assert (out - wanted).abs().max() <= 1.5 * (model(*inputs) - wanted).abs().max() + 1e-6
+
+
+def test_capped_scores_are_kept_with_a_sentence_and_the_cure() -> None:
+    _, made = run(capped, *heads(), patterns=[softcapped], disable=ONLY)
+    [decision] = made.decisions
+    assert (decision.pattern, decision.verdict) == ("softcapped", "kept")
+    assert "no SDPA kernel caps scores (softcap 5)" in decision.reason and "register_kernel" in decision.reason
+    fc.register_kernel(softcapped, mine, cost=lambda machine, op: 1e-9)
+    _, made = run(capped, *heads(), patterns=[softcapped], disable=ONLY)
+    assert [d.kernel for d in made.fused] == ["mine (registered)"]
+
+
+def test_another_modification_is_a_near_miss() -> None:
+    _, made = run(grouped, *heads(), patterns=[alibi, softcapped], disable=ONLY)
+    assert not made.decisions
+    assert sorted((n.pattern, n.reason.split(";")[0]) for n in made.near_misses) == [
+        ("alibi", "the scores have a causal mask here, and a tensor added to them in the pattern"),
+        ("softcapped", "the scores are not capped here, otherwise than in the pattern"),
+    ]
+
+
+def test_a_constraint_looks_at_the_attention() -> None:
+    wide = torch.randn(1, 2, 8, 16), torch.randn(1, 1, 8, 16), torch.randn(1, 1, 8, 80)
+    _, made = run(capped, *wide, patterns=[softcapped], disable=ONLY)
+    assert [n.reason for n in made.near_misses] == ["too wide"]

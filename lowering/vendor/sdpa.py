@@ -30,6 +30,8 @@ aten = torch.ops.aten
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOAT = HALF | {torch.float32}
 
+OFFER = 'fusion_compiler.register_kernel("attention", …) offers yours'
+
 # (query, key, value, mask, is_causal, scale) -> positional and keyword arguments of the operator
 Arguments = Callable[[Node, Node, Node, Node | None, bool, float], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -131,7 +133,7 @@ def offer(op: Attention, machine: Machine, backend: Backend) -> Candidate | str:
 
 def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
     if op.softcap is not None:
-        return f"no SDPA kernel caps scores (softcap {op.softcap:g})"
+        return f"no SDPA kernel caps scores (softcap {op.softcap:g}); {OFFER}"
     if not op.scale > 0:  # kernels take maxima, and put −∞ in, before they scale
         return f"the scale {op.scale:g} is not positive; multiply the queries by it instead"
     if op.dtype not in backend.dtypes:
