@@ -3,6 +3,7 @@
 python -m benchmarks.models                  the 17 listed models, prompt and static-cache decode
 python -m benchmarks.models --all            some eighty others as well
 python -m benchmarks.models --only gemma     models whose name contains a word
+python -m benchmarks.models --json rows.json the rows also go into a file, in place of those of the same calls in it
 
 A site is counted from how the model runs eagerly (tests/model_sites.py), and is found where the report has a decision
 for that pattern in that module; where it is not, the sentence of its near miss is printed. Every model runs twice: in
@@ -70,6 +71,18 @@ def _run(model: Any, make: Any, **options: Any) -> tuple[float | str, list[fc.Re
     return error, fc.reports()[before:]
 
 
+def write(file: Path, rows: list[Row]) -> None:
+    """Puts rows into a file, in place of those of the same calls, in the order of the models."""
+    import model_zoo
+
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    merged = {(row["model"], row["call"]): row for row in (*known, *rows)}
+    order = list(model_zoo.EVERY)
+    ordered = sorted(merged.values(), key=lambda row: order.index(row["model"]))
+    found = {**harness.provenance(torch.device("cpu")), "rows": ordered}
+    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
 def wrong(row: Row) -> bool:
     errors = [row["error float32"], row["error float16"]]
     return bool(row["nothing said"]) or any(isinstance(e, str) or e > TOLERANCE for e in errors)
@@ -87,7 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="the models that are not listed, too")
     parser.add_argument("--only", default="", help="names that contain this, listed or not")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file, beside rows of other calls in it")
     args = parser.parse_args()
     import model_sites
     import model_zoo
@@ -98,13 +111,12 @@ def main() -> int:
         for kind in ("prompt", "decode") if name in model_zoo.DECODERS else ("prompt",):
             if args.only in name:
                 rows.append(examine(name, kind))
+                if args.json:
+                    write(args.json, rows)
                 print(f"{name} {kind}: {rows[-1]['seconds']} s", file=sys.stderr, flush=True)
     print(markdown(rows, model_sites.KINDS))
     for row in filter(wrong, rows):
         print(f"\nWRONG {row}")
-    if args.json:
-        found = {**harness.provenance(torch.device("cpu")), "rows": rows}
-        Path(args.json).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{sum(not wrong(row) for row in rows)} of {len(rows)} calls agree and leave no site unexplained")
     return int(any(map(wrong, rows)))
 

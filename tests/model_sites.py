@@ -6,6 +6,10 @@ Every tensor is followed from the operator that made it, through views, casts an
     gated_mlp     act(linear(x)) · linear(x), both of the same x
     linear_act    any other activation of a linear
     norm_linear   a linear that reads the result of a norm
+    norm          a row norm, by its operator or by a module that is one by name
+    add_norm      a norm that reads the sum of two tensors of its size
+    softmax       the operator
+    rope          a call of a function that is a rotation by name, or a rotation in complex numbers
 
 A linear is a product with a weight; the experts of a mixture, each with its own, count where they are an MLP.
 """
@@ -26,7 +30,7 @@ import fusion_compiler as fc
 
 aten = torch.ops.aten
 BROKEN = "the model breaks its graph inside: a tensor is read back to the host, and no graph holds all of this"
-KINDS = ("attention", "gated_mlp", "linear_act", "norm_linear")
+KINDS = ("attention", "gated_mlp", "linear_act", "norm_linear", "norm", "add_norm", "softmax", "rope")
 COPIES = {aten._to_copy, aten.clone, aten._unsafe_view}
 GATHERS = {aten.index, aten.index_select}
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
@@ -35,6 +39,7 @@ FUSED_ATTENTION = {
     aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention,
 }  # fmt: skip
 ACTIVATIONS = {aten.silu, aten.gelu, aten.relu, aten.sigmoid}
+ROTATIONS = ("rotate_half", "rotate_every_two", "_apply_rotary_emb")
 ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 
 
@@ -71,6 +76,8 @@ class Survey(TorchDispatchMode):
         self._made: dict[int, Made] = {}
         self._alive: list[Any] = []  # a storage that is freed could be given to another tensor
         self._running: list[tuple[str, torch.nn.Module]] = []
+        self._norms = 0  # how deep in modules that are norms
+        self._turned: list[Any] = []  # frames of rotations; kept, so that no other frame gets their place
         self._formula = 0  # how deep in activations spelled by hand, whose operators are no sites
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._made[_storage(tensor)] = Made("weight")
@@ -90,8 +97,11 @@ class Survey(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: torch.nn.Module, _: Any) -> None:
+    def _enter(self, module: torch.nn.Module, inputs: Any) -> None:
         self._running.append((self._name(module), module))
+        if _is_norm(module):
+            self._normed(inputs[0])
+            self._norms += 1
         self._formula += _is_activation(module)
 
     def _name(self, module: torch.nn.Module) -> str:
@@ -104,6 +114,7 @@ class Survey(TorchDispatchMode):
 
     def _leave(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         self._formula -= _is_activation(module)
+        self._norms -= _is_norm(module)
         if isinstance(output, torch.Tensor):
             if "Norm" in type(module).__name__:
                 self._mark(output, Made("norm"))
@@ -123,12 +134,15 @@ class Survey(TorchDispatchMode):
             self._site("attention")
         if not isinstance(out, torch.Tensor):
             if operator is aten.native_layer_norm:
+                self._normed(reads[0])
                 self._mark(out[0], Made("norm"))
             return out
+        self._rotated(operator)
         grouped = "grouped_mm" in str(operator)
         if operator in PRODUCTS or grouped:
             self._product(reads, made, out, grouped)
         elif operator is aten._softmax:
+            self._site("softmax")
             self._mark(out, Made("softmax"))
         elif operator in ACTIVATIONS:
             self._activated(reads[0], out)
@@ -142,7 +156,25 @@ class Survey(TorchDispatchMode):
             self._mark(out, made[0])  # times a number
         elif operator in (aten.add, aten.add_) and [m.by for m in made] == ["linear", "weight"]:
             self._mark(out, made[0])
+        elif operator is aten.add and [t.shape for t in reads] == [out.shape] * 2:
+            self._mark(out, Made("sum"))
         return out
+
+    def _normed(self, x: torch.Tensor) -> None:
+        if self._norms == 0:
+            self._site("norm")
+            if self._of(x).by == "sum":
+                self._site("add_norm")
+
+    def _rotated(self, operator: Any) -> None:
+        if operator is aten.view_as_real:
+            self._site("rope")
+        frame: Any = sys._getframe(2)
+        while frame and frame.f_code.co_name not in ROTATIONS:
+            frame = frame.f_back
+        if frame and all(frame is not known for known in self._turned):
+            self._turned.append(frame)
+            self._site("rope")
 
     def _product(self, reads: list[torch.Tensor], made: list[Made], out: torch.Tensor, grouped: bool) -> None:
         operands = list(zip(reads, made, strict=True))
@@ -185,6 +217,11 @@ def _is_activation(module: torch.nn.Module) -> bool:
     if type(module).__name__ in ("Softmax", "Tanh", "MultiheadAttention"):
         return False
     return type(module).__module__ in ACTIVATION_MODULES or "Gelu" in type(module).__name__
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    name = type(module).__name__
+    return name.endswith(("RMSNorm", "LayerNorm")) and not any(True for _ in module.children())
 
 
 def _storage(tensor: torch.Tensor) -> int:
