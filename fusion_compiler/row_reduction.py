@@ -51,7 +51,8 @@ def build(
         opened = {v for v in opened if v.op in POINTWISE}
         if not opened:
             break
-        border -= opened
+        # and no further: what the opened operations read may be a norm, with a kernel of its own
+        border = border - opened | {a.args[0] if a.op == "bcast" else a for v in opened for a in v.args}
     return found or ""
 
 

@@ -68,11 +68,13 @@ def other_activations(view: SemanticView) -> Iterator[tuple[Value, str]]:
             [source[value]] = linears
             bends[value] = value.op not in LINEAR or any(bends[a] for a in of) or len(of) > 1
 
+    read: set[Value] = set()  # linears that something else reads too, as a norm of one does
     for value in view.values():
         visit(value)
         inner |= {a for a in value.args if source[value] is not None and source[a] is source[value]}
+        read |= {a for a in value.args if source[a] is a and source[value] is not a}
     for value in view.values():
-        if bends[value] and value not in inner:
+        if bends[value] and value not in inner and source[value] not in read:
             yield (
                 value,
                 f"a function of a linear alone, and none of the activations known ({value.op} at its end); a pattern "

@@ -8,7 +8,7 @@ Every tensor is followed from the operator that made it, through views, casts an
     norm_linear   a linear that reads the result of a norm
     norm          a row norm, by its operator or by a module that is one by name
     add_norm      a norm that reads the sum of two tensors of its size
-    softmax       the operator
+    softmax       the operator, where its result meets no product
     rope          a call of a function that is a rotation by name, or a rotation in complex numbers
 
 A linear is a product with a weight; the experts of a mixture, each with its own, count where they are an MLP.
@@ -57,7 +57,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Made:
-    """What made the data of a tensor. `source` is the storage that a linear read; `site` the place of an activation."""
+    """What made the data of a tensor. `source` is the storage that a linear read; `site` the place of an activation or
+    a softmax."""
 
     by: str
     source: int = 0
@@ -142,8 +143,7 @@ class Survey(TorchDispatchMode):
         if operator in PRODUCTS or grouped:
             self._product(reads, made, out, grouped)
         elif operator is aten._softmax:
-            self._site("softmax")
-            self._mark(out, Made("softmax"))
+            self._mark(out, Made("softmax", site=self._site("softmax")))
         elif operator in ACTIVATIONS:
             self._activated(reads[0], out)
         elif operator in (aten.mul, aten.mul_) and len(reads) == 2 and {m.by for m in made} == {"act", "linear"}:
@@ -179,7 +179,10 @@ class Survey(TorchDispatchMode):
     def _product(self, reads: list[torch.Tensor], made: list[Made], out: torch.Tensor, grouped: bool) -> None:
         operands = list(zip(reads, made, strict=True))
         operands = operands[:2] if grouped else operands[-2:]  # without offsets or a bias
-        if any(m.by == "softmax" for _, m in operands):
+        softmax = next((m for _, m in operands if m.by == "softmax"), None)
+        if softmax is not None:
+            if softmax.site in self.sites:
+                self.sites.remove(softmax.site)
             self._site("attention")
             return
         weights = ("weight", "experts")
@@ -268,7 +271,8 @@ def account(sites: list[Site], reports: list[fc.Report]) -> Account:
     decisions = [
         (d.pattern, _module(d.where), d.where)
         for d in report.decisions
-        if d.pattern in KINDS and not (d.pattern == "linear_act" and d.node in inner)  # the gate of a gated MLP
+        # the gate of a gated MLP and the softmax of an attention are no places of their own
+        if d.pattern in KINDS and not (d.pattern in ("linear_act", "softmax") and d.node in inner)
     ]
     misses = [(n.pattern, _module(n.root), n.reason) for n in report.near_misses]
     result, served = Account([], [], [], []), set()
