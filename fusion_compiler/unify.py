@@ -264,6 +264,8 @@ def _instead(wanted: Value, found: Value) -> str:
             f"a linear was expected here, and this is {describe(source)} with a weight for each batch, as the experts "
             "of a mixture have; kernels are generated for products with one weight"
         )
+    if wanted.op == found.op and len(wanted.args) != len(found.args):
+        return f"{describe(wanted)} of {len(wanted.args)} was expected here, and this is one of {len(found.args)}"
     return f"{describe(wanted)} was expected here, and this is {describe(found)}"
 
 
