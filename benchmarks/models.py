@@ -2,6 +2,7 @@
 
 python -m benchmarks.models                  the 17 listed models, prompt and static-cache decode
 python -m benchmarks.models --all            some eighty others as well
+python -m benchmarks.models --forms           the listed models with symbolic sizes, other batches, padding and bfloat16
 python -m benchmarks.models --only gemma     models whose name contains a word
 python -m benchmarks.models --json rows.json the rows also go into a file, in place of those of the same calls in it
 
@@ -46,13 +47,16 @@ def examine(name: str, kind: str) -> Row:
     begin = time.perf_counter()
     model, make = model_runs.call(name, kind)
     sites = model_sites.present(model, make())
-    row["error float32"], reports = _run(model, make, **model_runs.STARVED)
+    dynamic = True if kind == "dynamic" else None
+    row["error float32"], reports = _run(model, make, dynamic=dynamic, **model_runs.STARVED)
     account = model_sites.account(sites, reports)
     row |= {pattern: "{}/{}".format(*account.of(pattern)) for pattern in model_sites.KINDS}
     row["not found"] = [{"pattern": s.kind, "site": str(s), "reason": why} for s, why in account.told]
     row["nothing said"] = [{"pattern": s.kind, "site": str(s)} for s in account.silent]
     row["beyond the count"] = account.beyond
-    row["error float16"], reports = _run(*model_runs.call(name, kind, torch.float16), **model_runs.DEAR_LAUNCHES)
+    half = torch.bfloat16 if kind == "bfloat16" else torch.float16
+    halved = model_runs.call(name, kind, half)
+    row["error float16"], reports = _run(*halved, dynamic=dynamic, **model_runs.DEAR_LAUNCHES)
     row["fused float16"] = dict(Counter(d.pattern for r in reports for d in r.fused))
     row["seconds"] = round(time.perf_counter() - begin, 1)
     return row
@@ -83,6 +87,15 @@ def write(file: Path, rows: list[Row]) -> None:
     file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
+def possible(name: str, kind: str) -> bool:
+    """Whether a model can be called so."""
+    import model_zoo
+
+    if kind == "decode":
+        return name in model_zoo.DECODERS
+    return kind != "left padding" or model_zoo.EVERY[name].inputs.startswith("ids")
+
+
 def wrong(row: Row) -> bool:
     errors = [row["error float32"], row["error float16"]]
     return bool(row["nothing said"]) or any(isinstance(e, str) or e > TOLERANCE for e in errors)
@@ -99,17 +112,19 @@ def markdown(rows: list[Row], patterns: tuple[str, ...]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="the models that are not listed, too")
+    parser.add_argument("--forms", action="store_true", help="the listed models' prompts in further forms instead")
     parser.add_argument("--only", default="", help="names that contain this, listed or not")
     parser.add_argument("--json", type=Path, help="also write the rows to this file, beside rows of other calls in it")
     args = parser.parse_args()
+    import model_runs
     import model_sites
     import model_zoo
 
     torch.set_num_threads(1)
     rows: list[Row] = []
     for name in model_zoo.EVERY if args.all or args.only else model_zoo.MODELS:
-        for kind in ("prompt", "decode") if name in model_zoo.DECODERS else ("prompt",):
-            if args.only in name:
+        for kind in model_runs.FORMS if args.forms else ("prompt", "decode"):
+            if args.only in name and possible(name, kind):
                 rows.append(examine(name, kind))
                 if args.json:
                     write(args.json, rows)

@@ -16,6 +16,7 @@ from fusion_compiler.algebra import POINTWISE, Value
 from fusion_compiler.pattern import Example, choice, pattern
 from fusion_compiler.semantics import SemanticView
 
+KNOWN = frozenset({"gelu_erf", "gelu_tanh", "relu", "silu", "sigmoid"})
 LINEAR = frozenset({"add", "mul", "const", "cast"})  # what makes no activation of a linear
 
 
@@ -71,10 +72,11 @@ def other_activations(view: SemanticView) -> Iterator[tuple[Value, str]]:
     read: set[Value] = set()  # linears that something else reads too, as a norm of one does
     for value in view.values():
         visit(value)
-        inner |= {a for a in value.args if source[value] is not None and source[a] is source[value]}
+        below = {view.value(i) for n in view.nodes(value) for i in n.all_input_nodes} - {value}
+        inner |= {a for a in below if source[value] is not None and source[a] is source[value]}
         read |= {a for a in value.args if source[a] is a and source[value] is not a}
     for value in view.values():
-        if bends[value] and value not in inner and source[value] not in read:
+        if bends[value] and value.op not in KNOWN and value not in inner and source[value] not in read:
             yield (
                 value,
                 f"a function of a linear alone, and none of the activations known ({value.op} at its end); a pattern "

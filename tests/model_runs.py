@@ -19,14 +19,19 @@ STARVED = {"machine": dataclasses.replace(cpu_machine(2, 2**16, "avx2"), memory_
 # interpreter; the vendor's attention kernels need the device.
 DEAR_LAUNCHES = {"machine": dataclasses.replace(TABLE["h200"], launch_overhead=1e-3), "disable": ["attention"]}
 
+# Forms of a prompt beside the plain one
+FORMS = ("dynamic", "batch 1", "batch 3", "left padding", "bfloat16")
+
 Arguments = dict[str, Any]
 
 
 def call(name: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Callable[[], Arguments]]:
-    """(model, a function making the keyword arguments of one call): kind is "prompt" or "decode" (one more token for a
-    static cache that holds the prompt)."""
-    model, make_inputs = build(name, dtype)
+    """(model, a function making the keyword arguments of one call). `kind` is "prompt", "decode" (one more token for a
+    static cache that holds the prompt) or one of FORMS; with left padding the first row has the most."""
+    model, make_inputs = build(name, dtype, {"batch 1": 1, "batch 3": 3}.get(kind, 2))
     inputs = make_inputs()
+    if kind == "left padding":
+        inputs["attention_mask"] = (torch.arange(16) >= torch.tensor([[5], [2]])).long()
     if kind == "decode":
         inputs = {"past_key_values": static_cache(model, inputs), "input_ids": torch.randint(3, 100, (2, 1))}
     return model, lambda: copy.deepcopy(inputs)

@@ -237,7 +237,9 @@ def static_cache(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
     return cache
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Callable[[], dict[str, Any]]]:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, batch: int = 2
+) -> tuple[torch.nn.Module, Callable[[], dict[str, Any]]]:
     """(model in eval mode, a function making the keyword arguments of one forward call)."""
     import transformers
 
@@ -247,17 +249,17 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Modul
     model = getattr(transformers, zoo.model)(config).eval().to(dtype)
 
     def inputs() -> dict[str, Any]:
-        ids = torch.randint(3, 100, (2, 16))
+        ids = torch.randint(3, 100, (batch, 16))
         if zoo.inputs == "pixels":
-            return {"pixel_values": torch.randn(2, 3, 32, 32, dtype=dtype)}
+            return {"pixel_values": torch.randn(batch, 3, 32, 32, dtype=dtype)}
         if zoo.inputs == "pixels+ids":
-            return {"pixel_values": torch.randn(2, 3, 32, 32, dtype=dtype), "input_ids": ids}
+            return {"pixel_values": torch.randn(batch, 3, 32, 32, dtype=dtype), "input_ids": ids}
         if zoo.inputs == "video":
-            return {"pixel_values": torch.randn(2, 2, 3, 32, 32, dtype=dtype)}
+            return {"pixel_values": torch.randn(batch, 2, 3, 32, 32, dtype=dtype)}
         if zoo.inputs == "wave":
-            return {"input_values": torch.randn(2, 400, dtype=dtype)}
+            return {"input_values": torch.randn(batch, 400, dtype=dtype)}
         if zoo.inputs == "mel":
-            return {"input_features": torch.randn(2, 8, 64, dtype=dtype), "decoder_input_ids": ids}
+            return {"input_features": torch.randn(batch, 8, 64, dtype=dtype), "decoder_input_ids": ids}
         if zoo.inputs == "ids+decoder":
             return {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
         return {"input_ids": ids, **({"use_cache": False} if zoo.caches else {})}
