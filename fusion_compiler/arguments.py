@@ -64,7 +64,9 @@ class Binder:
             if traced is None or tensors is None:
                 continue
             variant, out = traced
-            again = Unifier(variant, exactly=True, nearby=lambda _: bindings.roots).match(value)
+            again = Unifier(variant, exactly=True, nearby=lambda _: bindings.roots, written=self.view.written).match(
+                value
+            )
             if again != dataclasses.replace(bindings, literals=again.literals if again else {}):
                 continue
             site = site_of(self.view, output, chosen, tuple(others))

@@ -141,7 +141,9 @@ class Pattern:
         )
         closest: Furthest | None = None
         for variant in variants:
-            unifier = Unifier(variant, single_row, nearby=functools.partial(_nearby, binder.view))
+            unifier = Unifier(
+                variant, single_row, nearby=functools.partial(_nearby, binder.view), written=binder.view.written
+            )
             bindings = unifier.match(value)
             if bindings is not None:
                 return self._matched(binder, value, output, variant, bindings)

@@ -134,7 +134,10 @@ class _Builder:
                 raise _Refused("the result of a reduction is used along another axis than its rows")
             return self._written_out(value)
         if value.op in POINTWISE:
-            return make(value.op, *(self._in(space, a) for a in value.args), **dict(value.attrs))
+            # of a sum that is flat, two terms may be what was bound together: a linear with its bias
+            written = self.view.written(value) if value.op == "add" else ()
+            args = next((terms for terms in written if self.operands.issuperset(terms)), value.args)
+            return make(value.op, *(self._in(space, a) for a in args), **dict(value.attrs))
         return self._extra(space, value)
 
     def _written_out(self, value: Value) -> Value:

@@ -59,6 +59,14 @@ class SemanticView:
                 seen.add(id(value))
                 yield value
 
+    def written(self, value: Value) -> Iterator[tuple[Value, ...]]:
+        """The two terms of each addition that gives `value`, a sum of more terms where one of the two is a sum."""
+        for node in self.nodes(value):
+            if node.target is torch.ops.aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+                terms = [self.operand(a, node) for a in node.args]
+                if None not in terms:
+                    yield tuple(t for t in terms if t is not None)
+
     def is_one_number(self, value: Value) -> bool:
         """Whether a value is a number, or a tensor of one element."""
         inner = value.args[0] if value.op == "bcast" else value

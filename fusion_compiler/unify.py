@@ -23,6 +23,7 @@ _FREE = frozenset({"size", "groups", "single", "kn", "shape"})
 _CLOSE = 1e-4  # numbers in a graph have been through float32, some through bfloat16 first
 
 Nearby = Callable[[Iterable[Value]], Iterable[Value]]
+Written = Callable[[Value], Iterable[tuple[Value, ...]]]
 _State = tuple[int, dict[Value, tuple[Value, bool]], dict[str, float], dict[Value, Value]]
 
 
@@ -94,17 +95,25 @@ class Unifier:
 
     `single_row`: the graph computes one row, where repeating along rows is nothing. `exactly`: the variant was traced
     with the sizes of the graph, so these must agree as well. `nearby` gives, for values of the graph, those computed
-    from them in a few steps: among these a second result of the pattern is looked for.
+    from them in a few steps: among these a second result of the pattern is looked for. `written` gives the terms of a
+    sum as the graph adds them: a sum of three values is one of two where two of them are added first.
     """
 
     def __init__(
-        self, variant: Variant, single_row: bool = False, *, exactly: bool = False, nearby: Nearby | None = None
+        self,
+        variant: Variant,
+        single_row: bool = False,
+        *,
+        exactly: bool = False,
+        nearby: Nearby | None = None,
+        written: Written | None = None,
     ) -> None:
         self._variant = variant
         self._parameters = variant.parameters
         self._single_row = single_row
         self._free = frozenset({"kn"}) if exactly else _FREE
         self._nearby = nearby or (lambda values: ())
+        self._written = written or (lambda value: ())
         self._tensors: dict[Value, tuple[Value, bool]] = {}
         self._literals: dict[str, float] = {}
         self._pairs: dict[Value, Value] = {}
@@ -138,7 +147,8 @@ class Unifier:
             return bound == (value, transposed) or self._fail(pattern, value, self._differs(pattern, value))
         if pattern.op == "bcast" and value.op != "bcast" and self._single_row:
             return self._match(pattern.args[0], value)
-        if pattern.op != value.op or len(pattern.args) != len(value.args):
+        forms = [value.args] if len(pattern.args) == len(value.args) else self._grouped(pattern, value)
+        if pattern.op != value.op or not forms:
             return self._fail(pattern, value)
         before = self._state()
         reason = self._attributes(pattern, value)
@@ -150,7 +160,7 @@ class Unifier:
         self._matched.append(pattern)
         self._pairs[pattern] = value
         if pattern.op in _COMMUTATIVE:
-            matched = self._in_any_order(list(pattern.args), list(value.args))
+            matched = any(self._in_any_order(list(pattern.args), list(args)) for args in forms)
         else:
             # a weight stored [in, out] is a transposed weight to a pattern that has it [out, in]
             flips = [False, pattern.attr("kn") != value.attr("kn")] if pattern.op == "linear" else []
@@ -159,6 +169,11 @@ class Unifier:
         if not matched:
             self._restore(before)
         return matched
+
+    def _grouped(self, pattern: Value, value: Value) -> list[tuple[Value, ...]]:
+        if pattern.op != "add" or value.op != "add":
+            return []
+        return [terms for terms in self._written(value) if len(terms) == len(pattern.args)]
 
     def _in_any_order(self, patterns: list[Value], values: list[Value]) -> bool:
         if not patterns:

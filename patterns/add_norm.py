@@ -33,11 +33,21 @@ def _scaled(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return F.layer_norm(x * residual, (8,), weight, bias)
 
 
+def _behind_a_bias() -> tuple[Tensor, ...]:
+    return torch.randn(3, 8), torch.randn(3, 8), torch.randn(8, 8), torch.randn(8)
+
+
+def _linear_behind(x: Tensor, residual: Tensor, w: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, w, bias) + residual
+    return F.rms_norm(h, (8,), eps=1e-5), h
+
+
 @pattern(
     name="add_norm",
     examples=[
         Example(_tensors),
         Example(lambda: _tensors(1)),
+        Example(_behind_a_bias, _linear_behind),
         Example(_tensors, _scaled, refused="a sum was expected here"),
     ],
 )
