@@ -18,6 +18,7 @@ NOT_FOUND = {
     ("bert", "norm_linear"): (1, "part of a LayerNorm"),  # the pooler reads the first token
     ("vit", "norm_linear"): (1, "part of a LayerNorm"),
     ("opt", "norm_linear"): (1, "breaks its graph"),  # when it decodes
+    ("opt", "add_norm"): (2, "the input"),  # likewise: the sum is in another graph
 }
 # Not listed anywhere: two norms before one attention, latent keys, one norm before two branches
 OTHERS = ("cohere", "deepseek_v2", "gptj")
@@ -85,3 +86,31 @@ def test_every_size_symbolic(name):
     inputs = make_inputs()
     sites = present(model, inputs)
     everything(name, account(sites, [fc.explain(model, machine="h200", dynamic=True, **inputs)]))
+
+
+def test_generating_with_a_static_cache():
+    """Greedy tokens are eager's, with a graph for the prompt and one for the steps."""
+    model, make_inputs = build("llama")
+    ids = make_inputs()["input_ids"]
+    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    model.forward = compiled(model.forward, **STARVED)
+    assert model.generate(ids, **settings).equal(expected)
+    assert any(d.pattern == "attention" for r in fc.reports() for d in r.fused)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training(checkpointing):
+    model, make_inputs = build("llama")
+    ids = make_inputs()["input_ids"]
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+
+    def gradients(run):
+        model.zero_grad()
+        run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for got, want in zip(gradients(compiled(model, **STARVED)), gradients(model), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
