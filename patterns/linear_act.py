@@ -72,8 +72,9 @@ def other_activations(view: SemanticView) -> Iterator[tuple[Value, str]]:
     read: set[Value] = set()  # linears that something else reads too, as a norm of one does
     for value in view.values():
         visit(value)
+    for value in view.values():
         below = {view.value(i) for n in view.nodes(value) for i in n.all_input_nodes} - {value}
-        inner |= {a for a in below if source[value] is not None and source[a] is source[value]}
+        inner |= {a for a in below if source[value] is not None and source.get(a) is source[value]}
         read |= {a for a in value.args if source[a] is a and source[value] is not a}
     for value in view.values():
         if bends[value] and value.op not in KNOWN and value not in inner and source[value] not in read:
