@@ -7,7 +7,7 @@ are computed from does not depend on how they were taken apart and joined again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,10 +58,15 @@ class Unreadable(Exception):
 
 
 class Halves:
-    """Reads the tensors of one graph."""
+    """Reads the tensors of one graph. Below a result, `atoms` are not opened: they count as tensors of their own."""
 
-    def __init__(self, view: SemanticView) -> None:
-        self.view = view
+    def __init__(self, view: SemanticView, atoms: Collection[Node] = ()) -> None:
+        self.view, self.atoms = view, atoms
+
+    def with_halved_tensors_closed(self) -> Halves:
+        """The same, where tensors that the graph takes halves of are not opened: x of the halves of x = y + y·w."""
+        halved = (_half_of(node) for node in self.view.graph_module.graph.nodes)
+        return Halves(self.view, {half[0] for half in halved if half is not None})
 
     def part(self, node: Node, style: Style, index: int, depth: int = DEEP) -> Sum:
         """The `index`-th half of `node`'s last axis."""
@@ -93,7 +98,9 @@ class Halves:
                 return self.part(argument, style, index, depth - 1)
             return self.whole(argument, depth - 1)
 
-        return self.computed(node, operand) or (Term(1.0, (Part(self.view.value(node), style, index),)),)
+        closed = depth < DEEP and node in self.atoms
+        computed = None if closed else self.computed(node, operand)
+        return computed or (Term(1.0, (Part(self.view.value(node), style, index),)),)
 
     def whole(self, argument: Any, depth: int = DEEP) -> Sum:
         """A tensor, or a number, all of it: it may be half of another."""

@@ -46,19 +46,20 @@ class NearMiss:
 def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[Match], list[NearMiss]]:
     """What every pattern found and almost found in a graph.
 
-    What an earlier pattern matched is no near miss of a later one: users' patterns come before the built-in ones, and
-    of these a part (a norm) before the whole (a residual and its norm).
+    What an earlier pattern matched, or a part of it, is no near miss of a later one: users' patterns come before the
+    built-in ones, and of these a part (a norm) before the whole (a residual and its norm).
     """
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
     for pattern in patterns:
         found, almost = pattern.find(view)
-        taken = {output for m in matches for output in m.site.outputs}
+        taken = {node for m in matches for node in (*m.site.outputs, *m.site.interior)}
         matches += found
         near_misses += [n for n in almost if n.root not in taken]
     # what was found there instead says enough, but a softmax says nothing of the attention it might have been part of
     outputs = {m.site.output for m in matches if m.pattern != "softmax"}
-    return _share_prologues(matches), [n for n in near_misses if n.node not in outputs]
+    near_misses = [n for n in near_misses if n.node not in outputs and n.root not in outputs]
+    return _share_prologues(matches), near_misses
 
 
 def _share_prologues(matches: list[Match]) -> list[Match]:

@@ -70,9 +70,10 @@ def complex_rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 def find_rope(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     halves = Halves(view)
+    closed = halves.with_halved_tensors_closed()
     matches, near_misses = [], []
     for node in view.graph_module.graph.nodes:
-        rotation = _rotated(halves, node)
+        rotation = _rotated(halves, node) or _rotated(closed, node)
         if rotation is not None:
             match = _match(view, node, rotation)
             matches += [match] if match is not None else []

@@ -52,6 +52,11 @@ def sine_first(x: Tensor, angles: Tensor) -> Tensor:
     return (sin * rotate_half(x) + cos * x).to(x.dtype)
 
 
+def of_a_sum(x: Tensor, angles: Tensor) -> Tensor:
+    """As behind Gemma's norms, y · (1 + w): x itself is a sum of products."""
+    return llama(x + x * 0.25 * x.abs(), angles)
+
+
 def by_chunks(x: Tensor, angles: Tensor) -> Tensor:
     (a, b), c, s = x.chunk(2, dim=-1), angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
@@ -196,7 +201,7 @@ MATCHED: dict[str, Function] = {
         llama, llama_broadcast, in_float32, sine_first, by_chunks, by_split, by_unflatten, minus_as_scale, sine_inside,
         gpt_j, cohere, pairs_stacked, pairs_reshaped, pairs_unbound, pairs_of_chunks, pairs_in_place, halves_in_place,
         pairs_into_halves, complex_polar, complex_reshaped, complex_stacked, partial, partial_pairs, neox, heads_inside,
-        scaled_angles,
+        scaled_angles, of_a_sum,
     )
 }  # fmt: skip
 
