@@ -106,7 +106,8 @@ class Binder:
         self, tensors: Mapping[str, torch.Tensor], given: Mapping[str, Any]
     ) -> tuple[Variant, tuple[torch.Tensor, ...]] | None:
         try:
-            return raise_once(self._pattern, self._function, tensors, given)
+            with fake_tensors.quietly():
+                return raise_once(self._pattern, self._function, tensors, given)
         except PatternError:
             return None  # these shapes do not go together
 

@@ -17,8 +17,9 @@ NOT_FOUND = {
     ("t5", "norm_linear"): (1, "this is a product"),  # the head scales the norm's result
     ("bert", "norm_linear"): (1, "part of a LayerNorm"),  # the pooler reads the first token
     ("vit", "norm_linear"): (1, "part of a LayerNorm"),
+    ("whisper", "norm_linear"): (4, "breaks its graph"),  # on torch 2.11
     ("opt", "norm_linear"): (1, "breaks its graph"),  # when it decodes
-    ("opt", "add_norm"): (2, "the input"),  # likewise: the sum is in another graph
+    ("opt", "add_norm"): (2, "breaks its graph"),  # likewise
 }
 # Not listed anywhere: two norms before one attention, latent keys, one norm before two branches
 OTHERS = ("cohere", "deepseek_v2", "gptj")

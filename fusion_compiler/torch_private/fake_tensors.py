@@ -5,6 +5,9 @@ Tried on torch 2.11.0 and 2.13.0.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +26,17 @@ def mode_of(gm: GraphModule) -> FakeTensorMode:
     if mode is None:
         raise ValueError("the graph holds no fake tensors: trace it with fake inputs before splicing into it")
     return mode
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Fake tensors log an error with its stack where an operation does not fit; here somebody tries whether it does."""
+    log = logging.getLogger(torch._subclasses.fake_tensor.__name__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def new_mode() -> FakeTensorMode:
