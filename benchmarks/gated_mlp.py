@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import harness
-from .harness import Row
 
 SHAPES = {"2048/8192": (2048, 8192), "4096/14336": (4096, 14336)}
 EPS = 1e-5
@@ -46,13 +45,9 @@ def main() -> None:
                 gate, up = (torch.randn(n, k, device=device, dtype=dtype) / k**0.5 for _ in range(2))
                 return x, norm, gate, up
 
-            inputs = harness.rotated(make, device)
-            reference = gated_mlp(*(t.double() if device.type == "cpu" else t.float() for t in inputs[0]))
-            item = dtype.itemsize
-            row = Row(name, floor=harness.floor_seconds((2 * n * k + m * k + m * n + k) * item, 4 * m * n * k, dtype))
-            columns = harness.standard_columns(gated_mlp, args.max_autotune)
-            rows.append(harness.measure(row, columns, inputs, reference, args.rounds))
-            harness.clean_slate(device)
+            moved = (2 * n * k + m * k + m * n + k) * dtype.itemsize
+            floor = harness.floor_seconds(moved, 4 * m * n * k, dtype)
+            rows.append(harness.compare(name, gated_mlp, make, floor, args))
     harness.write_json(args.json, device, [asdict(row) for row in rows])
     print(harness.row_table(rows))
 

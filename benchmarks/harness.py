@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -306,6 +306,24 @@ def measure(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any, 
     row.seconds = {name: statistics.median(values) for name, values in samples.items()}
     speedups = {name: ratio(samples, name, "ours") for name in samples if name != "ours"}
     row.speedup = {name: value for name, value in speedups.items() if value is not None}
+    return row
+
+
+def compare(
+    name: str,
+    fn: Call,
+    make: Callable[[], tuple[Any, ...]],
+    floor: float,
+    args: argparse.Namespace,
+    more: Mapping[str, Call] | None = None,
+) -> Row:
+    """The row of `fn` on what `make` gives, in the standard columns and `more`, beside `fn` in wider floats."""
+    device = torch.device(args.device)
+    inputs = rotated(make, device)
+    reference = fn(*(t.double() if device.type == "cpu" else t.float() for t in inputs[0]))
+    columns = {**standard_columns(fn, args.max_autotune), **(more or {})}
+    row = measure(Row(name, floor=floor), columns, inputs, reference, args.rounds)
+    clean_slate(device)
     return row
 
 

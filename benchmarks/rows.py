@@ -21,7 +21,6 @@ from torch import Tensor
 from fusion_compiler.lowering.triton_codegen import row_reduction
 
 from . import harness
-from .harness import Row
 
 WIDTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 EPS = 1e-5
@@ -77,12 +76,8 @@ def main() -> None:
                 x, residual = torch.randn(2, m, n, device=device, dtype=dtype)
                 return x, torch.rand(n, device=device, dtype=dtype) + 0.5, residual
 
-            inputs = harness.rotated(make, device)
-            reference = fn(*(t.double() if device.type == "cpu" else t.float() for t in inputs[0]))
-            row = Row(name, floor=harness.floor_seconds(OPERATIONS[fn] * m * n * dtype.itemsize, 0, dtype))
-            columns = {**harness.standard_columns(fn, args.max_autotune), "kernel": whatever_it_costs(fn)}
-            rows.append(harness.measure(row, columns, inputs, reference, args.rounds))
-            harness.clean_slate(device)
+            floor = harness.floor_seconds(OPERATIONS[fn] * m * n * dtype.itemsize, 0, dtype)
+            rows.append(harness.compare(name, fn, make, floor, args, {"kernel": whatever_it_costs(fn)}))
     harness.write_json(args.json, device, [asdict(row) for row in rows])
     print(harness.row_table(rows))
 

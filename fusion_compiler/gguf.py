@@ -111,10 +111,9 @@ class _File:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.tensors: dict[str, Any] = {}
         reader = _read(self.path)
         self._fields = reader.fields
-        self.tensors.update((t.name, t) for t in reader.tensors)
+        self.tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
         self._architecture: str = self._field("general.architecture", "")
         self._names: Any = None
 

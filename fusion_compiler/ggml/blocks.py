@@ -39,6 +39,17 @@ def rounded(x: Tensor) -> Tensor:
     return x.sign() * (whole + (2 * (x.abs() - whole)).floor())
 
 
+def of_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(d, codes) of blocks [..., 32], both float32: d = max|x| / 127, codes = x/d rounded."""
+    d = x.abs().amax(-1, keepdim=True) / 127
+    return d, rounded(x * inverse(d))
+
+
+def product(d: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """d · codes in `dtype`, rounded to it, blocks [..., K/32, 32] as rows [..., K]."""
+    return (d.to(dtype) * codes.to(dtype)).flatten(-2)
+
+
 def half_bytes(x: Tensor, form: str) -> Tensor:
     """x [..., K/32, 1] rounded to fp16, as two bytes. Raises ValueError where fp16 cannot hold it."""
     stored = x.half()

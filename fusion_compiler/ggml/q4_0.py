@@ -37,5 +37,4 @@ def parts(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantise(raw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """raw uint8 [..., K/32 · 18] as [..., K] in `dtype`, the product rounded to it."""
-    d, codes = parts(raw)
-    return (d.to(dtype) * codes.to(dtype)).flatten(-2)
+    return blocks.product(*parts(raw), dtype)

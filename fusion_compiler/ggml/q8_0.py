@@ -16,10 +16,8 @@ def quantise(x: Tensor) -> Tensor:
 
     Raises ValueError where K is no multiple of 32, or x is not finite.
     """
-    x = blocks.in_blocks(x, NAME)
-    d = x.abs().amax(-1, keepdim=True) / 127
-    codes = blocks.rounded(x * blocks.inverse(d)).to(torch.int8)
-    return torch.cat([blocks.half_bytes(d, NAME), codes.view(torch.uint8)], -1).flatten(-2)
+    d, codes = blocks.of_eight_bits(blocks.in_blocks(x, NAME))
+    return torch.cat([blocks.half_bytes(d, NAME), codes.to(torch.int8).view(torch.uint8)], -1).flatten(-2)
 
 
 def parts(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,5 +28,4 @@ def parts(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantise(raw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """raw uint8 [..., K/32 · 34] as [..., K] in `dtype`, the product rounded to it."""
-    d, codes = parts(raw)
-    return (d.to(dtype) * codes.to(dtype)).flatten(-2)
+    return blocks.product(*parts(raw), dtype)

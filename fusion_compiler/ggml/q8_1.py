@@ -16,9 +16,7 @@ def quantise(x: Tensor) -> Tensor:
 
     Raises ValueError where K is no multiple of 32, or x is not finite, or a sum exceeds fp16.
     """
-    x = blocks.in_blocks(x, NAME)
-    d = x.abs().amax(-1, keepdim=True) / 127
-    codes = blocks.rounded(x * blocks.inverse(d))
+    d, codes = blocks.of_eight_bits(blocks.in_blocks(x, NAME))
     s = d * codes.sum(-1, keepdim=True)
     held = [*(blocks.half_bytes(v, NAME) for v in (d, s)), codes.to(torch.int8).view(torch.uint8)]
     return torch.cat(held, -1).flatten(-2)
@@ -33,4 +31,4 @@ def parts(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantise(raw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """raw uint8 [..., K/32 · 36] as [..., K] in `dtype`, the product rounded to it."""
     d, _, codes = parts(raw)
-    return (d.to(dtype) * codes.to(dtype)).flatten(-2)
+    return blocks.product(d, codes, dtype)
