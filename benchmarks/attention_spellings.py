@@ -177,6 +177,7 @@ def main() -> int:
         for core in (c for c in cores if args.only in c.__name__):
             judge = functools.partial(verdict, wanted=expected(form, core))
             rows.append(table(name, core.__name__, functools.partial(form.around, core), form.inputs, judge, few=False))
+            harness.write_json(args.json, torch.device("cpu"), rows)
     real: list[dict[str, Any]] = []
     for name, code in wild.WILD.items():
         if args.only in name:
@@ -188,7 +189,7 @@ def main() -> int:
             )
             kind = "refused" if fields is None else "found"
             real.append(table(kind, name, code.function, code.inputs, judge, few=fields is None))
-    harness.write_json(args.json, torch.device("cpu"), [*rows, *real])
+            harness.write_json(args.json, torch.device("cpu"), [*rows, *real])
 
     names = list(dict.fromkeys(r["spelling"] for r in rows))
     cells = {(r["form"], r["spelling"]): f"{r['ours']}/{r['captures']} ({r['inductor']})" for r in rows}
