@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -255,8 +256,8 @@ def predicted() -> tuple[float | None, str]:
         return None, "no match"
     # what is kept may overlap: a gated MLP is also two linears, one of them with an activation
     seconds = [(d.after or d.before).seconds for d in report.fused or report.decisions[:1]]
-    verdicts = ", ".join(f"{d.pattern} {d.kernel or d.verdict}" for d in report.decisions)
-    return sum(seconds), verdicts
+    verdicts = Counter(f"{d.pattern} {d.kernel or d.verdict}" for d in report.decisions)
+    return sum(seconds), ", ".join(v if n == 1 else f"{v} ×{n}" for v, n in verdicts.items())
 
 
 # ---- one row ---------------------------------------------------------------------------------------------
