@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def capture(function: Function, inputs: tuple[Any, ...], dynamic: bool) -> tuple
     for tensor in inputs if dynamic else ():
         for axis, size in enumerate(tensor.shape):
             if size in DYNAMIC and axis != 1:  # batch and length, not the heads
-                torch._dynamo.mark_dynamic(tensor, axis)
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)  # a table of one length may insist on it
     with torch.no_grad():
         torch.compile(function, backend=backend, dynamic=None if dynamic else False)(*inputs)
     return graphs, any(rewritten)
@@ -170,13 +171,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="spellings whose name contains this")
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument(
+        "--resume", action="store_true", help="take the rows that --json holds already, if all is found"
+    )
     args = parser.parse_args()
+    known = json.loads(args.json.read_text())["rows"] if args.resume and args.json.exists() else []
+    done = {(row["form"], row["spelling"]): row for row in known if not row["missed"]}
     rows: list[dict[str, Any]] = []
     for name, form in FORMS.items():
         cores = cached.CACHED if name == "static cache" else spellings.CAUSAL + spellings.UNMASKED
         for core in (c for c in cores if args.only in c.__name__):
             judge = functools.partial(verdict, wanted=expected(form, core))
-            rows.append(table(name, core.__name__, functools.partial(form.around, core), form.inputs, judge, few=False))
+            function = functools.partial(form.around, core)
+            row = done.get((name, core.__name__))
+            rows.append(row or table(name, core.__name__, function, form.inputs, judge, few=False))
             harness.write_json(args.json, torch.device("cpu"), rows)
     real: list[dict[str, Any]] = []
     for name, code in wild.WILD.items():
@@ -188,7 +196,8 @@ def main() -> int:
                 else functools.partial(verdict, wanted=fields)
             )
             kind = "refused" if fields is None else "found"
-            real.append(table(kind, name, code.function, code.inputs, judge, few=fields is None))
+            row = done.get((kind, name))
+            real.append(row or table(kind, name, code.function, code.inputs, judge, few=fields is None))
             harness.write_json(args.json, torch.device("cpu"), [*rows, *real])
 
     names = list(dict.fromkeys(r["spelling"] for r in rows))

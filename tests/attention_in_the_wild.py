@@ -216,7 +216,7 @@ def normalised_queries_and_keys(q, k, v):
     return (q @ k.mT).masked_fill(~below(q.shape[2]), -math.inf).softmax(-1) @ v
 
 
-@written(of((B, H, L, 24), (B, H, L, 24), (B, H, L, D)), kind="causal", head_dim=24, v_dim=16)
+@written(of((B, H, L, 40), (B, H, L, 40), (B, H, L, D)), kind="causal", head_dim=40, v_dim=16)
 def values_of_another_width(q, k, v):
     return scaled(q, k).masked_fill(~below(q.shape[2]), -math.inf).softmax(-1) @ v
 
