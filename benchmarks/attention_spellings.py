@@ -171,11 +171,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="spellings whose name contains this")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument(
-        "--resume", action="store_true", help="take the rows that --json holds already, if all is found"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --json has in full")
     args = parser.parse_args()
-    known = json.loads(args.json.read_text())["rows"] if args.resume and args.json.exists() else []
+    known = json.loads(args.json.read_text())["rows"] if args.resume and args.json and args.json.exists() else []
     done = {(row["form"], row["spelling"]): row for row in known if not row["missed"]}
     rows: list[dict[str, Any]] = []
     for name, form in FORMS.items():
