@@ -93,6 +93,8 @@ def read(part: Boolean, extents: Extents, indexer: Indexer) -> Limit:
         return Limit(lower=rest)
     if (by_query, by_key) == (0, 1) and (chunk := _from_start_of_chunk(rest, extents)) is not None:
         return chunk
+    if not indices and query == 0 and by_key == 1:  # there is one query only, and nothing can be seen to follow it
+        return Limit(lower=rest)
     shown = f"{named(rest, indexer)} in {slack} >= 0" if loads_of(rest, indexer) else f"{slack} >= 0"
     return Limit(failure=f"{shown} is no causal, length, window or chunk limit")
 

@@ -76,7 +76,8 @@ def prove(terms: Sequence[Term], extents: Extents, indexer: Indexer) -> Proof:
     failed = next((p.failure for p in parts if p.failure), "")
     proof = _combine(parts, extents, indexer) if not failed else failed
     reason = proof if isinstance(proof, str) else proof.mask.proof
-    offsets = [p.upper for p in parts if p.upper is not None and p.follows_query]
+    follows = [p for p in parts if p.follows_query or (extents.query == 0 and not p.by_batch)]
+    offsets = [p.upper for p in follows if p.upper is not None]
     if isinstance(proof, Proof) and (proof.mask.kind == "none" or _newest_in_window(proof, extents)):
         empty = "none"
     elif _sees_a_key(conditions, offsets, extents, indexer):
@@ -161,7 +162,7 @@ def _combine(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | 
     if isinstance(position, str):
         return position
     node, offset = position
-    if (lowers or chunks) and not follow:
+    if (lowers or chunks) and not follow and not (fixed and extents.query == 0):
         return "a window or chunk without a causal limit that follows the query"
     window, chunk, padding, lengths = None, None, None, None
     if lowers:
@@ -186,7 +187,7 @@ def _combine(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | 
         limits.append(f"key < {lengths.name}" + (f" + {padding}" if padding else ""))
     return Proof(
         Mask(
-            "causal" if follow else "length", offset=int(offset) if offset.is_Integer else offset, window=window,
+            "causal" if follow or lowers or chunks else "length", offset=int(offset) if offset.is_Integer else offset, window=window,
             position=node is not None, chunk=chunk, padding=padding,
             proof=f"{', '.join(limits)}, read from the index function of the mask",
         ), node, lengths,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import FusedOp, MatmulFamily, RowReduction
+from ...fused import Attention, FusedOp, MatmulFamily, RowReduction
 from ...machine import Machine
-from . import matmul, row_reduction
+from . import decode, matmul, row_reduction
 
 SHORTEST_NORM = 8
 
@@ -27,6 +27,8 @@ class TritonCodegen:
             return matmul.candidates(op, machine)
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
+        if isinstance(op, Attention):
+            return decode.candidates(op, machine)
         return []
 
 

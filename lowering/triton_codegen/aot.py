@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,30 @@ class Resources:
 
 def compile_kernel(op: MatmulFamily, plan: Plan, source: KernelSource, target: Any) -> Any:
     """`source` compiled for `target` (a `GPUTarget`) as `op` would launch it, with 16-byte aligned tensors."""
+    extras = {f"extra{j}": extra.dtype for j, extra in enumerate(op.extras)} | {"out": op.out_dtype}
+    tensors = {name: extras.get(name, op.dtype) for name in source.tensors}
+    return compile_text(
+        source.text, source.name, tensors, ["M"] if source.runtime_m else [], constexprs(op, plan), target,
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+
+
+def compile_text(
+    text: str, name: str, tensors: Mapping[str, torch.dtype], sizes: Iterable[str], constants: Mapping[str, int],
+    target: Any, **options: int,
+) -> Any:  # fmt: skip
+    """The kernel `name` of the module `text` compiled for `target` (a `GPUTarget`): its arguments are tensors, which
+    are 16-byte aligned, then `sizes` of any value, then constexprs."""
     import triton
     from triton.compiler import ASTSource
 
     from ...splice import load_kernel
 
-    kernel = load_kernel(source.text, source.name)
-    extras = {f"extra{j}": extra.dtype for j, extra in enumerate(op.extras)} | {"out": op.out_dtype}
-    signature = {name: f"*{_TRITON_TYPE[extras.get(name, op.dtype)]}" for name in source.tensors}
-    if source.runtime_m:
-        signature["M"] = "i32"
-    constants = constexprs(op, plan)
-    signature |= dict.fromkeys(constants, "constexpr")
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(source.tensors))}
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    signature = {tensor: f"*{_TRITON_TYPE[dtype]}" for tensor, dtype in tensors.items()}
+    signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
+    source = ASTSource(load_kernel(text, name), signature, dict(constants), attributes)
+    return triton.compile(source, target=target, options=options)
 
 
 def constexprs(

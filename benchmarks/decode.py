@@ -1,0 +1,306 @@
+"""Decode attention, kernel by kernel: the plan that the cost model takes, or every plan of a sweep, beside cuDNN.
+
+python -m benchmarks.decode --json figures.json            what the cost model takes
+python -m benchmarks.decode --json figures.json --sweep    plans around it
+
+Times are medians of CUDA-graph replays, the caches rotated beyond L2. "cudnn" is torch's cuDNN attention reading the
+un-repeated cache with a mask tensor. Errors are against float64, over those of the plain formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_compiler.fused import Attention, Layout, Mask
+from fusion_compiler.lowering.triton_codegen.aot import compile_text
+from fusion_compiler.lowering.triton_codegen.decode import predict
+from fusion_compiler.lowering.triton_codegen.decode.operands import (
+    KernelSource,
+    Operand,
+    Operands,
+    Plan,
+    query_rows,
+    row_tiles,
+)
+from fusion_compiler.lowering.triton_codegen.decode.source import write
+from fusion_compiler.machine import TABLE
+from fusion_compiler.splice import load_kernel
+
+from . import harness
+
+MACHINE = TABLE["h200"]
+POSITION = torch.int64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode step: a cache for `length` positions of which `filled` are visible."""
+
+    name: str
+    batch: int
+    heads: int
+    kv_heads: int
+    width: int
+    length: int
+    filled: int
+    queries: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    def op(self) -> Attention:
+        mask = Mask("causal" if self.queries > 1 else "length", position=True, tensor="additive", empty_rows="none")
+        same = Layout((), (), (), (), self.dtype)
+        return Attention(
+            self.batch, self.heads, self.kv_heads, self.queries, self.length, self.width, self.width,
+            self.width**-0.5, mask, self.dtype, (same, same, same), same,
+        )  # fmt: skip
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of q and of each of k and v."""
+        return (
+            (self.batch, self.heads, self.queries, self.width),
+            (self.batch, self.kv_heads, self.length, self.width),
+        )
+
+    def operands(self) -> Operands:
+        q, k = (Operand(self.dtype, _strides(shape)) for shape in self.shapes())
+        return Operands(q, k, k, q, position=POSITION)
+
+    def floor(self) -> float:
+        """Microseconds to read what is visible once at the copy bandwidth."""
+        moved = 2 * self.batch * self.kv_heads * self.filled * self.width * self.dtype.itemsize
+        return moved / MACHINE.memory_bandwidth * 1e6
+
+
+CASES = (
+    Case("B1 D128 cache 8192", 1, 32, 8, 128, 8192, 8192),
+    Case("B16 D128 cache 4096", 16, 32, 8, 128, 4096, 4096),
+    Case("B1 D128 cache 131072", 1, 32, 8, 128, 131072, 131072),
+    Case("B1 D64 cache 8192", 1, 32, 8, 64, 8192, 8192),
+    Case("B1 D64 cache 8192 holding 512", 1, 32, 8, 64, 8192, 512),
+    Case("B1 D64 cache 512", 1, 32, 8, 64, 512, 512),
+    Case("B1 D64 cache 1024", 1, 32, 8, 64, 1024, 1024),
+    Case("B4 D128 cache 2048", 4, 32, 8, 128, 2048, 2048),
+    Case("B1 32 heads D128 cache 4096", 1, 32, 32, 128, 4096, 4096),
+    Case("B1 4 queries D128 cache 8192", 1, 32, 8, 128, 8192, 8192, queries=4),
+    Case("B1 16 queries D128 cache 8192", 1, 32, 8, 128, 8192, 8192, queries=16),
+    Case("B1 71/1 heads D64 cache 4096", 1, 71, 1, 64, 4096, 4096),
+    Case("B1 D80 cache 4096 fp16", 1, 32, 32, 80, 4096, 4096, dtype=torch.float16),
+    Case("B1 D256 cache 8192", 1, 16, 8, 256, 8192, 8192),
+    Case("B1 D128 cache 4096 fp32", 1, 32, 8, 128, 4096, 4096, dtype=torch.float32),
+)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    batch, heads, rows, columns = (
+        0 if n == 1 else s for n, s in zip(shape, torch.empty(shape, device="meta").stride(), strict=True)
+    )
+    return batch, heads, rows, columns
+
+
+def sweep(case: Case) -> Iterator[Plan]:
+    """Plans around what may be good, whatever the cost model thinks of them."""
+    pairs = case.batch * case.kv_heads
+    rows = min(64, max(8, 1 << (query_rows(case.op()) - 1).bit_length()))
+    for per_sm, block, warps, stages in itertools.product((0.5, 1, 2, 4), (32, 64, 128), (2, 4), (3, 4)):
+        splits = max(1, round(per_sm * MACHINE.num_sms / pairs))
+        tile = 2 * block * case.width * case.dtype.itemsize
+        if (
+            splits <= min(128, math.ceil(case.filled / block))
+            and 12e3 < tile
+            and stages * tile < 200e3 / max(1, per_sm / 2)
+        ):
+            yield Plan(rows, block, splits, warps, stages)
+
+
+def chosen(case: Case) -> Plan:
+    """What the cost model takes."""
+    plan = predict.best_plan(case.op(), MACHINE)
+    assert plan is not None, case.name
+    return plan
+
+
+# ---- building -------------------------------------------------------------------------------------
+def source(case: Case, plan: Plan) -> KernelSource:
+    return write(case.op(), plan, case.operands())
+
+
+def compiled(job: tuple[Case, Plan]) -> str:
+    """The compiler's complaint about a plan, if any. Fills Triton's cache on disk for the launches to come."""
+    from triton.backends.compiler import GPUTarget
+
+    case, plan = job
+    try:
+        made = source(case, plan)
+        compile_text(
+            made.text, made.name, made.tensors, made.sizes, {}, GPUTarget("cuda", 90, 32),
+            num_warps=plan.num_warps, num_stages=plan.num_stages,
+        )  # fmt: skip
+    except Exception as error:  # a plan the compiler refuses is a result of the sweep
+        return f"{plan.label}: {type(error).__name__}: {error}"[:200]
+    return ""
+
+
+# ---- measuring ------------------------------------------------------------------------------------
+class Inputs:
+    """Operands of a case on the device, with enough copies of the cache to overflow L2."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        q_shape, kv_shape = case.shapes()
+        visible = 2 * math.prod(kv_shape) * case.dtype.itemsize * case.filled / case.length
+        copies = min(64, max(2, math.ceil(harness.ROTATED_BYTES / visible)))
+        generator = torch.Generator("cuda").manual_seed(0)
+        self.q = torch.randn(q_shape, device="cuda", generator=generator).to(case.dtype)
+        self.caches = [
+            tuple(torch.randn(kv_shape, device="cuda", generator=generator, dtype=case.dtype) for _ in range(2))
+            for _ in range(copies)
+        ]
+        self.position = torch.tensor(case.filled - case.queries, device="cuda", dtype=POSITION)
+        keys = torch.arange(case.length, device="cuda")
+        newest = self.position + torch.arange(case.queries, device="cuda")
+        self.visible = keys[None] <= newest[:, None]
+        least = torch.finfo(case.dtype).min
+        self.mask = torch.where(self.visible, 0.0, least).to(case.dtype)[None, None]
+
+    def formula(self, dtype: torch.dtype) -> Tensor:
+        """The plain formula on the first copy, in `dtype`."""
+        group = self.case.heads // self.case.kv_heads
+        k, v = (t[:, :, : self.case.filled] for t in self.caches[0])
+        q = self.q.to(dtype).unflatten(1, (self.case.kv_heads, group))
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k.to(dtype)) * self.case.width**-0.5
+        scores = scores.masked_fill(~self.visible[:, : self.case.filled], -math.inf)
+        p = scores.softmax(-1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).to(dtype)
+        return torch.einsum("bhgqk,bhkd->bhgqd", p, v.to(dtype)).flatten(1, 2)
+
+
+def launcher(case: Case, plan: Plan, inputs: Inputs) -> tuple[Tensor, Callable[[Tensor, Tensor], None]]:
+    """(result, function of k and v that launches the kernel of a plan)."""
+    pairs, made = case.batch * case.kv_heads, source(case, plan)
+    slots = (pairs, plan.splits, query_rows(case.op()))
+    tiles = pairs * row_tiles(case.op(), plan)
+    out = torch.full_like(inputs.q, float("nan"))
+    fixed = {
+        "q": inputs.q,
+        "position": inputs.position,
+        "out": out,
+        "partial": torch.full((*slots, case.width), float("nan"), device="cuda"),
+        "stats": torch.full((*slots, 2), float("nan"), device="cuda"),
+        "arrivals": torch.zeros(tiles, dtype=torch.int32, device="cuda"),
+    }
+    kernel, grid = load_kernel(made.text, made.name), (tiles, plan.splits)
+
+    def launch(k: Tensor, v: Tensor) -> None:
+        tensors = fixed | {"k": k, "v": v}
+        kernel[grid](*(tensors[n] for n in made.tensors), num_warps=plan.num_warps, num_stages=plan.num_stages)
+
+    return out, launch
+
+
+def microseconds(call: Callable[..., object], inputs: Inputs, replays: int = 10) -> float:
+    """Median time of one call, every copy of the cache in turn, all captured in one CUDA graph."""
+    rounds = math.ceil(16 / len(inputs.caches))
+    call(*inputs.caches[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for cache in inputs.caches:
+                call(*cache)
+    times = []
+    for _ in range(replays + 2):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) * 1e3 / (rounds * len(inputs.caches)))
+    return statistics.median(times[2:])
+
+
+def cudnn(inputs: Inputs, mask: Tensor | None) -> Callable[..., object]:
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    scale = inputs.case.width**-0.5
+    return lambda k, v: operator(inputs.q, k, v, mask, False, 0.0, False, scale=scale)
+
+
+def measure(case: Case, plans: list[Plan]) -> dict[str, Any]:
+    inputs = Inputs(case)
+    reference = inputs.formula(torch.float64)
+    eager_error = harness.relative_error(inputs.formula(case.dtype), reference)
+    result: dict[str, Any] = {"case": dataclasses.asdict(case) | {"dtype": str(case.dtype)}, "floor": case.floor()}
+    for name, mask in (("cudnn", inputs.mask), ("cudnn_unmasked", None)):
+        try:
+            result[name] = microseconds(cudnn(inputs, mask), inputs)
+        except RuntimeError as error:
+            result[name] = math.nan
+            print(f"  {name}:", str(error)[:100])
+    result["variants"] = []
+    for plan in plans:
+        try:
+            out, launch = launcher(case, plan, inputs)
+            launch(*inputs.caches[0])
+            error = harness.relative_error(out, reference) / eager_error
+            times = {"us": microseconds(launch, inputs)}
+        except Exception as problem:  # a plan that cannot run is a result of the sweep
+            print(f"  {plan.label}: {type(problem).__name__}: {problem}"[:200])
+            continue
+        predicted = predict.seconds(case.op(), plan, MACHINE, case.filled) * 1e6
+        found = {"plan": dataclasses.asdict(plan), "label": plan.label, "error": error, "predicted": predicted}
+        result["variants"].append(found | times)
+    return result
+
+
+def _row(result: dict[str, Any], shown: int) -> str:
+    ranked = sorted(result["variants"], key=lambda v: v["us"])
+    wrong = [v["label"] for v in ranked if not v["error"] <= 1.5]
+    head = f"{result['case']['name']:30s} floor {result['floor']:6.2f} cudnn {result['cudnn']:6.2f}"
+    head += f" unmasked {result['cudnn_unmasked']:6.2f}"
+    best = " | ".join(f"{v['label']} {v['us']:.2f} predicted {v['predicted']:.2f}" for v in ranked[:shown])
+    return f"{head} | {best} | {len(wrong)} wrong of {len(ranked)} {wrong[:3]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--only", help="part of the names of the cases to run")
+    parser.add_argument("--sweep", action="store_true", help="every plan, not only the one that the cost model takes")
+    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
+    args = parser.parse_args()
+    cases = [c for c in CASES if not args.only or args.only in c.name]
+    plans = {c: list(sweep(c)) if args.sweep else [chosen(c)] for c in cases}
+    jobs = [(c, p) for c in cases for p in plans[c]]
+    began = time.perf_counter()
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        complaints = {job: text for job, text in zip(jobs, pool.map(compiled, jobs, chunksize=2), strict=True) if text}
+    print(f"{len(jobs)} plans compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    for text in sorted(set(complaints.values())):
+        print("  refused:", text)
+    if not torch.cuda.is_available():
+        print("no device: nothing measured")
+        return
+    began, results = time.perf_counter(), []
+    for case in cases:
+        results.append(measure(case, [p for p in plans[case] if (case, p) not in complaints]))
+        args.json.write_text(json.dumps({**harness.provenance(torch.device("cuda")), "results": results}))
+        print(_row(results[-1], 4), flush=True)
+        torch.cuda.empty_cache()
+    print(f"measured in {time.perf_counter() - began:.0f} s; times in µs")
+
+
+if __name__ == "__main__":
+    main()

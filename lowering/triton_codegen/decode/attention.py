@@ -1,0 +1,226 @@
+"""Decode attention as a candidate: few query rows per key/value head, keys split among programs.
+
+Where the mask counts from a position on the device, time follows the keys that are visible and not those allocated.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from ....candidates import Candidate, Unavailable
+from ....cost.amounts import amount
+from ....fused import Attention, Layout, Site
+from ....machine import Machine
+from ....splice import load_kernel, same_sizes
+from ..matmul import float32_precision
+from . import predict
+from .operands import Axes, Operand, Operands, Plan, query_rows, row_tiles
+from .source import write
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from ....splice import Builder
+
+aten = torch.ops.aten
+MOST_ROWS = 128  # query rows per key/value head; with more, a kernel with tiles of queries is the better plan
+WIDEST = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable:
+    """The plan predicted fastest, or why there is none."""
+    refusal = _refusal(op, machine)
+    if refusal is not None:
+        return Unavailable(refusal)
+    plan = predict.best_plan(op, machine)
+    if plan is None:
+        return Unavailable(f"no tile of keys {op.head_dim} wide in {op.dtype} fits {machine.name} ({machine.arch})")
+    keys = predict.expected_keys(op)
+    return [
+        Candidate(
+            name="triton_decode",
+            kernel=f"triton {plan.label}",
+            traffic=predict.traffic(op, plan, keys),
+            seconds=predict.seconds(op, plan, machine, keys),
+            emit=functools.partial(emit, op, plan),
+            details=(
+                ("rows", plan.rows),
+                ("block", plan.block),
+                ("splits", plan.splits),
+                ("num_warps", plan.num_warps),
+                ("num_stages", plan.num_stages),
+                ("keys expected", keys),
+                ("mask tensor", op.mask.kind == "tensor"),
+            ),
+        )  # fmt: skip
+    ]
+
+
+def _refusal(op: Attention, machine: Machine) -> str | None:
+    if machine.kind == "cpu":
+        return "Triton kernels are generated for GPUs; on a CPU attention is left to torch's kernels and Inductor"
+    if machine.kind == "cuda" and machine.capability < 80:
+        return f"Triton has no matrix instructions for {machine.name} ({machine.arch})"
+    if op.dtype not in DTYPES:
+        return f"decode kernels are generated for bfloat16, float16 and float32, not {op.dtype}"
+    if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
+        return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
+    if not all(isinstance(amount(n), int) for n in (op.heads, op.kv_heads, op.q_len)):
+        return "the numbers of heads and queries are symbolic: mark only batch and keys as dynamic"
+    if query_rows(op) > MOST_ROWS:
+        return (
+            f"{query_rows(op)} query rows per key/value head are no decode step; the generated kernel takes {MOST_ROWS}"
+        )
+    if max(op.head_dim, op.v_dim) > WIDEST:
+        return f"head dimension {max(op.head_dim, op.v_dim)} exceeds {WIDEST}"
+    return _mask_refusal(op)
+
+
+def _mask_refusal(op: Attention) -> str | None:
+    mask = op.mask
+    if mask.kind in ("causal", "length"):
+        offset = _expression(mask.offset)
+        ahead = sympy.expand(offset - _expression(op.kv_len))
+        if not offset.is_Integer and (mask.position or not ahead.is_Integer):
+            return f"the offset of the mask, {mask.offset}, is neither a number nor counted from the last key"
+    if mask.kind != "tensor":
+        return None
+    if mask.tensor == "none":
+        return f"the mask would have to be read as one tensor, and there is none: {mask.proof}"
+    if mask.tensor == "additive":
+        if mask.empty_rows == "mean" and op.dtype == torch.float16:
+            return f"a row that sees no key averages all values in eager's float16, not in float32: {mask.proof}"
+        return None
+    if mask.empty_rows in ("mean", "nan"):
+        return f"a row that sees no key may not be NaN in eager, and such rows may exist: {mask.proof}"
+    return None
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return sympy.sympify(amount(size) if isinstance(size, torch.SymInt) else size)
+
+
+# ---- emission -------------------------------------------------------------------------------------
+def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
+    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`.
+
+    The mask tensor is read only where nothing better is known of it; otherwise the position alone keeps its nodes.
+    """
+    nodes = dict(zip(_names(op), site.operands, strict=True))
+    layouts = dict(zip(("q", "k", "v", "mask"), op.layouts, strict=False))
+    if op.mask.kind != "tensor":
+        nodes.pop("mask", None)
+    read: dict[str, Operand] = {}
+    for name in [n for n in ("q", "k", "v", "mask") if n in nodes]:
+        nodes[name], strides = _readable(builder, nodes[name], layouts[name])
+        read[name] = Operand(nodes[name].meta["val"].dtype, strides)
+    device = nodes["q"].meta["val"].device
+    nodes["out"], out_strides = _empty(builder, op, device)
+    operands = Operands(
+        read["q"], read["k"], read["v"], Operand(op.out.dtype, out_strides), read.get("mask"),
+        *(_dtype(nodes.get(name)) for name in ("position", "lengths")),
+        one_length="lengths" in nodes and same_sizes([nodes["lengths"].meta["val"].numel()], [1]),
+        scale=_dtype(nodes.get("scale")),
+    )  # fmt: skip
+    tiles = _product(builder, op.batch, op.kv_heads, row_tiles(op, plan))
+    if plan.splits > 1:
+        slots = [_product(builder, op.batch, op.kv_heads), plan.splits, query_rows(op)]
+        nodes["partial"] = builder.empty([*slots, op.v_dim], torch.float32, device)
+        nodes["stats"] = builder.empty([*slots, 2], torch.float32, device)
+        nodes["arrivals"] = builder.call(
+            aten.full.default, [tiles], 0, dtype=torch.int32, device=device, pin_memory=False
+        )
+    source = write(op, plan, operands, float32_precision())
+    done = builder.triton(
+        load_kernel(source.text, source.name), (tiles, plan.splits),
+        {name: nodes[name] for name in source.tensors} | source.sizes, source.outputs,
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+    return _shaped(builder, done["out"], op.out)
+
+
+def _names(op: Attention) -> list[str]:
+    """The site's operands, as `Attention` documents them."""
+    return [
+        *("q", "k", "v"),
+        *(["mask"] if op.mask.tensor != "none" else []),
+        *(["position"] if op.mask.position else []),
+        *(["lengths"] if op.mask.padding is not None else []),
+        *(["scale"] if op.scale_operand else []),
+    ]
+
+
+def _dtype(node: Node | None) -> torch.dtype | None:
+    return None if node is None else node.meta["val"].dtype
+
+
+def _product(builder: Builder, *factors: Any) -> Any:
+    """A product of sizes as an entry of a grid or a shape: a number, or a node that holds it."""
+    result: Any = 1
+    for factor in factors:
+        factor = builder.scalar(factor) if isinstance(factor, torch.SymInt) else factor
+        known = isinstance(result, int) and isinstance(factor, int)
+        if known or factor == 1:
+            result = result * factor if known else result
+        else:
+            result = factor if result == 1 else builder.call(operator.mul, result, factor)
+    return result
+
+
+# ---- layouts: strides instead of nodes -------------------------------------------------------------
+def _readable(builder: Builder, node: Node, layout: Layout) -> tuple[Node, Axes]:
+    """(node, strides along the documented axes), the node copied only where no strides bring it into the layout."""
+    for candidate in (lambda: node, lambda: builder.contiguous(node)):
+        found = candidate()
+        strides = _strides(builder, found.meta["val"], layout)
+        if strides is not None:
+            return found, strides
+    raise ValueError(f"{node.name} cannot be read as {tuple(layout.shape)} without a copy")
+
+
+def _strides(builder: Builder, value: torch.Tensor, layout: Layout) -> Axes | None:
+    with builder.fake_mode, torch.no_grad():
+        view = value.reshape(layout.split).permute(layout.order).reshape(layout.merged).expand(layout.shape)
+    if view.untyped_storage()._cdata != value.untyped_storage()._cdata:
+        return None
+    return _spread(view)
+
+
+def _spread(view: torch.Tensor) -> Axes:
+    """Strides, 0 where there is one index only, as in a mask that is broadcast."""
+    batch, heads, rows, columns = (
+        0 if isinstance(size, int) and size == 1 else stride
+        for size, stride in zip(view.shape, view.stride(), strict=True)
+    )
+    return batch, heads, rows, columns
+
+
+def _empty(builder: Builder, op: Attention, device: torch.device) -> tuple[Node, Axes]:
+    """An empty tensor for the result, permuted as the site's output wants it where strides allow, and its strides."""
+    layout, shape = op.out, (op.batch, op.heads, op.q_len, op.v_dim)
+    inverse = [layout.order.index(d) for d in range(len(layout.order))]
+    node = builder.empty([layout.split[d] for d in layout.order], layout.dtype, device)
+    value = node.meta["val"]
+    with builder.fake_mode, torch.no_grad():
+        view = value.permute(inverse).reshape(shape)
+    if view.untyped_storage()._cdata == value.untyped_storage()._cdata:
+        return node, _spread(view)
+    node = builder.empty(shape, layout.dtype, device)
+    return node, _spread(node.meta["val"])
+
+
+def _shaped(builder: Builder, node: Node, layout: Layout) -> Node:
+    """What the kernel wrote into the tensor of `_empty`, in the shape of the site's output."""
+    permuted = [layout.split[d] for d in layout.order]
+    if not same_sizes(node.meta["val"].shape, permuted):
+        node = builder.call(aten.permute.default, builder.reshape(node, layout.split), list(layout.order))
+    node = builder.reshape(node, layout.merged)
+    if same_sizes(node.meta["val"].shape, layout.shape):
+        return node
+    return builder.call(aten.expand.default, node, list(layout.shape))

@@ -1,0 +1,81 @@
+"""What the kernels of decode attention read and write, and how the work is divided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ....fused import Attention, Size
+
+Axes = tuple[Size, Size, Size, Size]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is divided: `rows` of queries in a tile, `block` keys per step, `splits` of the keys per head."""
+
+    rows: int
+    block: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def label(self) -> str:
+        return f"decode{self.rows}_n{self.block}s{self.splits}w{self.num_warps}s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as a kernel reads it: dtype, and strides along batch, heads, positions and columns."""
+
+    dtype: torch.dtype
+    strides: Axes
+
+
+@dataclass(frozen=True)
+class Operands:
+    """`mask` only where it is read as a tensor: strides along batch, heads, queries, keys, 0 where it is broadcast.
+
+    `position`, `lengths` and `scale` are dtypes; `lengths` has one number for all where `one_length`.
+    """
+
+    q: Operand
+    k: Operand
+    v: Operand
+    out: Operand
+    mask: Operand | None = None
+    position: torch.dtype | None = None
+    lengths: torch.dtype | None = None
+    one_length: bool = False
+    scale: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One kernel: its arguments are `tensors` with their dtypes, then `sizes`, the symbolic ones; it writes
+    `outputs`."""
+
+    text: str
+    name: str
+    tensors: dict[str, torch.dtype]
+    sizes: dict[str, Size]
+    outputs: tuple[str, ...]
+
+
+def power_of_two(at_least: int) -> int:
+    return 1 << max(at_least - 1, 0).bit_length()
+
+
+def group(op: Attention) -> int:
+    return int(op.heads) // int(op.kv_heads)
+
+
+def query_rows(op: Attention) -> int:
+    """Rows of q that read one key/value head."""
+    return group(op) * int(op.q_len)
+
+
+def row_tiles(op: Attention, plan: Plan) -> int:
+    return -(-query_rows(op) // plan.rows)

@@ -1,0 +1,175 @@
+"""Predicted time of split-KV decode attention, and the plans worth predicting.
+
+seconds = start + step + ‖(memory, chain)‖₇ + (waves − 1) · wave + gather + launch
+memory  = bytes / (bandwidth · reached)
+chain   = (waves · steps of a program − 1) · step: a program waits for its tiles, computes, asks for the next
+step    = base + bytes of a tile + latency of the memory, hidden by pipeline stages, + work of the programs that share
+          the SM: products of rows beyond eight, or in float32 all of them, on the ordinary units
+gather  = the last program of a tile waits for the others and reads what they left, some splits and columns at a time
+
+The 7-norm is a soft maximum; symbolic amounts take the maximum itself, which can be solved for crossovers. The
+constants are measured (efficiency.json, with device, date and versions) at 8 to 64 rows.
+
+How many keys a position on the device will leave visible is not known when compiling. Plans are made for the allocated
+keys, but half of them are priced: the positions of a cache that fills up are evenly spread.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from ....candidates import Amount, Traffic
+from ....cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
+from ....fused import Attention
+from ....machine import Machine
+from .operands import Plan, power_of_two, query_rows, row_tiles
+from .source import gathered
+
+TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the memory idle, more costs resident programs
+WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
+WARPS_PER_SM = 64
+MOST_SPLITS = 128
+PER_SM = (1, 2)  # programs per SM that a number of splits aims at
+TILE_ROWS = 64
+FEWEST_ROWS = {"cuda": 8, "rocm": 16}  # narrowest operand of the matrix units
+HINT = 4096  # keys that a plan is made for where their number is symbolic
+
+
+@dataclass(frozen=True)
+class Constants:
+    start: float
+    step: float
+    step_byte: float
+    product: float  # per multiply-add of rows beyond eight
+    latency: float
+    wave: float
+    reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
+    ordinary_fraction: float
+    gather: float
+    gather_step: float
+
+
+@functools.cache
+def constants() -> Constants:
+    raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
+    return Constants(**{k: v for k, v in raw.items() if k not in ("device", "date", "versions", "method")})
+
+
+def plans(op: Attention, machine: Machine) -> Iterator[Plan]:
+    """Every plan that fits `machine`."""
+    fewest = FEWEST_ROWS.get(machine.kind, 16)
+    rows = min(TILE_ROWS, power_of_two(max(fewest, query_rows(op))))
+    keys = amount(op.kv_len)
+    longest = keys if isinstance(keys, int) else HINT
+    pairs = _hint(op.batch) * int(op.kv_heads) * -(-query_rows(op) // rows)
+    for block, stages in itertools.product((32, 64, 128), (2, 3, 4)):
+        tile = tile_bytes(op, block)
+        smallest = block == 32 and tile > TILE_BYTES[1]
+        if not (TILE_BYTES[0] <= tile <= TILE_BYTES[1] or smallest or block == 128 and tile < TILE_BYTES[0]):
+            continue
+        if stages * tile + 4096 > machine.shared_memory or (stages == 2 and 3 * tile + 4096 <= machine.shared_memory):
+            continue
+        most = min(MOST_SPLITS, -(-longest // block))
+        for splits in sorted({1, *(max(1, min(most, round(n * machine.num_sms / pairs))) for n in PER_SM)}):
+            yield Plan(rows, block, splits, WARPS, stages)
+
+
+def best_plan(op: Attention, machine: Machine) -> Plan | None:
+    """The plan predicted fastest for all allocated keys."""
+    keys = amount(op.kv_len)
+    filled = keys if isinstance(keys, int) else HINT
+    if op.mask.window is not None:
+        filled = min(filled, op.mask.window + int(op.q_len))
+    timed = [(_number(seconds(op, plan, machine, filled), op), i, plan) for i, plan in enumerate(plans(op, machine))]
+    return min(timed)[2] if timed else None
+
+
+def expected_keys(op: Attention) -> Amount:
+    """Keys that are walked through, in expectation where a position on the device decides."""
+    keys = amount(op.kv_len)
+    if op.mask.kind not in ("causal", "length"):
+        return keys
+    if op.mask.position:
+        filled = (keys + 1) / 2 if not isinstance(keys, int) else (keys + 1) // 2
+    else:
+        filled = minimum(keys, amount(op.q_len) + op.mask.offset if op.mask.kind == "causal" else op.mask.offset + 1)
+    return filled if op.mask.window is None else minimum(filled, op.mask.window + amount(op.q_len))
+
+
+def traffic(op: Attention, plan: Plan, keys: Amount) -> Traffic:
+    """k and v (and a mask that is read) once, q, the result, and what the splits leave for the last one."""
+    item, pairs = op.dtype.itemsize, amount(op.batch) * int(op.kv_heads)
+    rows = pairs * query_rows(op)
+    read = item * (pairs * keys * (op.head_dim + op.v_dim) + rows * op.head_dim)
+    if op.mask.kind == "tensor":
+        read = read + amount(op.q_len) * keys * (item if op.mask.tensor == "additive" else 1)
+    handed = 4 * rows * plan.splits * (op.v_dim + 2) if plan.splits > 1 else 0
+    flops = 2 * rows * keys * (op.head_dim + op.v_dim)
+    return Traffic(flops, read + handed, item * rows * op.v_dim + handed, 1)
+
+
+def seconds(op: Attention, plan: Plan, machine: Machine, keys: Amount) -> Amount:
+    """Predicted time where `keys` keys are walked through."""
+    known = constants()
+    pairs = amount(op.batch) * int(op.kv_heads)
+    blocks = ceil_div(keys, plan.block)
+    active = minimum(blocks, plan.splits)
+    programs = pairs * row_tiles(op, plan) * active
+    together = minimum(resident(op, plan, machine), ceil_div(programs, machine.num_sms))
+    waves = ceil_div(programs, machine.num_sms * resident(op, plan, machine))
+    work = known.product * (plan.rows - 8) * plan.block * (op.head_dim + op.v_dim)
+    if op.dtype == torch.float32:
+        flops = 2 * plan.rows * plan.block * (op.head_dim + op.v_dim)
+        work = flops / (machine.vector_flops / machine.num_sms * known.ordinary_fraction)
+    step = known.step + known.step_byte * tile_bytes(op, plan.block) + known.latency / (plan.num_stages - 1)
+    step = step + work * together
+    chain = (waves * ceil_div(blocks, active) - 1) * step
+    moved = op.dtype.itemsize * pairs * keys * (op.head_dim + op.v_dim)
+    memory = moved / (machine.memory_bandwidth * known.reached)
+    total = known.start + step + _softly(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
+    if plan.splits > 1:
+        rows, splits = gathered(op, plan)
+        steps = ceil_div(active, splits) * math.ceil(min(plan.rows, query_rows(op)) / rows)
+        total = total + known.gather + known.gather_step * steps
+    return total
+
+
+def _softly(a: Amount, b: Amount) -> Amount:
+    return maximum(a, b) if is_symbolic(a) or is_symbolic(b) else float((a**7 + b**7) ** (1 / 7))
+
+
+def tile_bytes(op: Attention, block: int) -> int:
+    """Bytes of k and v in shared memory for one step."""
+    return block * (power_of_two(max(16, op.head_dim)) + power_of_two(max(16, op.v_dim))) * op.dtype.itemsize
+
+
+def resident(op: Attention, plan: Plan, machine: Machine) -> int:
+    """Programs that run on one SM at once."""
+    return max(
+        1,
+        min(machine.shared_memory // (plan.num_stages * tile_bytes(op, plan.block) + 2048), WARPS_PER_SM // WARPS),
+    )
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The size, or the one that a symbolic size was traced with."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return int(size.node.hint) if size.node.hint is not None else 1
+
+
+def _number(value: Amount, op: Attention) -> float:
+    """`value` at the sizes seen when tracing."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    sizes = {s: _hint(n) for n in (op.batch, op.kv_len) for s in getattr(amount(n), "free_symbols", ())}
+    return float(value.subs(sizes))

@@ -1,0 +1,233 @@
+"""Writes the Triton source of split-KV decode attention.
+
+A program takes the query rows of one key/value head (all heads of its group, all query positions) as the few rows of
+one tile and walks along its share of the keys, with the online softmax in float32:
+
+    s = score(k · qᵀ),  m' = max(m, max s),  p = 2^(s − m'),  l = l·2^(m − m') + Σ p,  acc = acc·2^(m − m') + vᵀ · p
+
+Keys are the M operand of the matrix unit ("swap-AB"), because the rows are too few to fill it. What is visible decides
+how far the keys are walked: where the mask counts from a position on the device, the program reads it and the splits
+divide the keys that are really there; programs without a share return at once.
+
+With more than one split, acc, m and l of every split go to a workspace, and the program that is last to arrive adds
+them up. `arrivals` counts the programs of a head; the last one leaves it at 0 again, so the kernel changes nothing
+that the graph sees and one tensor of zeros serves all layers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ....fused import Attention
+from ..pointwise import literal
+from .operands import KernelSource, Operand, Operands, Plan, power_of_two, query_rows, row_tiles
+from .writer import LOG2E, Writer
+
+NAME = "decode_attention"
+WORKSPACE = {"partial": torch.float32, "stats": torch.float32}
+GATHERED_ELEMENTS = 512  # of the rows' results that the last program adds up at a time
+GATHERED_SPLITS = 16  # that it reads at a time
+
+
+def write(op: Attention, plan: Plan, operands: Operands, precision: str = "ieee") -> KernelSource:
+    """The kernel, for the grid (batch · kv_heads · row tiles, splits)."""
+    return _Split(op, plan, operands, precision).write()
+
+
+def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
+    """Rows and splits that the last program of a tile adds up at a time."""
+    rows = min(max(1, GATHERED_ELEMENTS // power_of_two(max(16, op.v_dim))), power_of_two(query_rows(op)), plan.rows)
+    return rows, min(GATHERED_SPLITS, power_of_two(plan.splits))
+
+
+class _Split(Writer):
+    """Names: n over keys, d over columns of q and k, c over columns of v."""
+
+    def __init__(self, op: Attention, plan: Plan, operands: Operands, precision: str) -> None:
+        super().__init__(op, plan, operands)
+        self.precision = precision
+        self.rows = query_rows(op)
+        self.tiles = row_tiles(op, plan)
+        self.width, self.v_width = power_of_two(max(16, op.head_dim)), power_of_two(max(16, op.v_dim))
+
+    def write(self) -> KernelSource:
+        self.indices()
+        self.queries()
+        self.visible()
+        self.share()
+        self.walk()
+        self.finish()
+        known = self.operands
+        tensors = {"q": known.q.dtype, "k": known.k.dtype, "v": known.v.dtype}
+        optional = {
+            "mask": known.mask.dtype if known.mask else None,
+            "position": known.position, "lengths": known.lengths, "scale": known.scale,
+        }  # fmt: skip
+        tensors |= {name: dtype for name, dtype in optional.items() if dtype is not None}
+        if self.splitting:
+            tensors |= {"arrivals": torch.int32, **WORKSPACE}
+        tensors |= {"out": known.out.dtype}
+        outputs = ("out", *WORKSPACE) if self.splitting else ("out",)
+        return self.module(NAME, tensors, outputs)
+
+    def indices(self) -> None:
+        op, plan = self.op, self.plan
+        self.emit("pair = tl.program_id(0)")
+        if self.tiles > 1:
+            self.emit(f"tile = pair % {self.tiles}", f"pair = pair // {self.tiles}")
+        self.emit(f"batch = (pair // {int(op.kv_heads)}).to(tl.int64)")
+        self.emit(f"kv_head = (pair % {int(op.kv_heads)}).to(tl.int64)")
+        first = f"tile * {plan.rows} + " if self.tiles > 1 else ""
+        self.emit(f"row = {first}tl.arange(0, {plan.rows})")
+        if self.rows % plan.rows:
+            self.emit(f"row_in = row < {self.rows}")
+        self.query_index("kv_head")
+        self.emit(f"d = tl.arange(0, {self.width})")
+        self.emit(f"c = tl.arange(0, {self.v_width})")
+
+    def inside(self, *bounds: str) -> str:
+        return f", mask={' & '.join(b for b in bounds if b)}, other=0.0" if any(bounds) else ""
+
+    def row_bound(self, axis: str) -> str:
+        return f"row_in{axis}" if self.rows % self.plan.rows else ""
+
+    def column_bound(self, name: str, size: int, axis: str) -> str:
+        return f"({name} < {size}){axis}" if size != power_of_two(max(16, size)) else ""
+
+    def cast(self, operand: Operand) -> str:
+        return "" if operand.dtype == self.op.dtype else f".to(tl.{str(self.op.dtype).removeprefix('torch.')})"
+
+    def queries(self) -> None:
+        q = self.operands.q
+        where = self.along("q", q.strides, column="d[:, None]", **self.of_query("[None, :]"))
+        bounds = self.inside(self.row_bound("[None, :]"), self.column_bound("d", self.op.head_dim, "[:, None]"))
+        self.emit(f"q_tile = tl.load({where}{bounds}){self.cast(q)}")
+        scale = literal(self.op.scale * LOG2E if self.binary and self.op.softcap is None else self.op.scale)
+        self.scale = scale
+        if self.operands.scale is not None:
+            divides = "/" if self.op.scale_divides else "*"
+            self.emit(f"scale_factor = {scale} {divides} tl.load(scale).to(tl.float32)")
+            self.scale = "scale_factor"
+
+    def share(self) -> None:
+        """begin and end of this program's blocks."""
+        if not self.splitting:
+            self.emit("begin = first_block", "end = first_block + blocks")
+            return
+        self.emit("split = tl.program_id(1)", "if split >= active:", "    return")
+        self.emit("begin = first_block + split * blocks // active")
+        self.emit("end = first_block + (split + 1) * blocks // active")
+
+    def walk(self) -> None:
+        plan, k, v = self.plan, self.operands.k, self.operands.v
+        self.emit(f"step = tl.arange(0, {plan.block})")
+        self.emit(f"k_base = {self.along('k', k.strides, batch='batch', head='kv_head')}")
+        self.emit(f"v_base = {self.along('v', v.strides, batch='batch', head='kv_head')}")
+        self.emit(f'm = tl.full(({plan.rows},), float("-inf"), tl.float32)')
+        self.emit(f"l = tl.zeros(({plan.block}, {plan.rows}), tl.float32)")
+        self.emit(f"acc = tl.zeros(({self.v_width}, {plan.rows}), tl.float32)")
+        self.emit("for block in range(begin, end):")
+        self.level += 1
+        self.emit(f"n = block * {plan.block} + step")
+        k_at = self.along("k_base", k.strides, row=f"{self.key(k)}[:, None]", column="d[None, :]")
+        bounds = self.inside("(n < length)[:, None]", self.column_bound("d", self.op.head_dim, "[None, :]"))
+        self.emit(f"k_tile = tl.load({k_at}{bounds}){self.cast(k)}")
+        self.emit(f's = tl.dot(k_tile, q_tile, input_precision="{self.precision}")')
+        self.score()
+        self.emit("m_new = tl.maximum(m, tl.max(s, 0))")
+        base = "m_new"
+        if not self.sees_first_key():
+            base = "base"
+            self.emit('base = tl.where(m_new == float("-inf"), 0.0, m_new)')
+        self.emit(f"alpha = {self.exp(f'm - {base}')}", f"p = {self.exp(f's - {base}[None, :]')}")
+        self.emit("m = m_new", "l = l * alpha[None, :] + p", "acc = acc * alpha[None, :]")
+        v_at = self.along("v_base", v.strides, row=f"{self.key(v)}[None, :]", column="c[:, None]")
+        bounds = self.inside("(n < length)[None, :]", self.column_bound("c", self.op.v_dim, "[:, None]"))
+        self.emit(f"v_tile = tl.load({v_at}{bounds}){self.cast(v)}")
+        self.emit(f'acc = tl.dot(v_tile, p.to(v_tile.dtype), acc, input_precision="{self.precision}")')
+        self.level -= 1
+
+    def key(self, operand: Operand) -> str:
+        """The index of the keys, in 64 bits where offsets within a head may pass 2³¹."""
+        extent, stride = self.op.kv_len, operand.strides[2]
+        short = isinstance(extent, int) and isinstance(stride, int) and extent * stride < 2**31
+        return "n" if short else "n.to(tl.int64)"
+
+    def score(self) -> None:
+        op, cap = self.op, self.op.softcap
+        self.emit(f"s = s * {self.scale}")
+        if cap is not None:
+            # tanh(x) = 1 − 2 / (1 + e^2x), which neither overflows nor needs a library
+            self.emit(f"s = {literal(cap)} * (1.0 - 2.0 / (1.0 + tl.exp2(s * {literal(2 * LOG2E / cap)})))")
+            if self.binary:
+                self.emit(f"s = s * {literal(LOG2E)}")
+        seen = self.seen()
+        if op.mask.kind == "tensor":
+            assert self.operands.mask is not None
+            operand = self.operands.mask
+            at = self.along("mask", operand.strides, column="n[:, None]", **self.of_query("[None, :]"))
+            by_row, by_key = operand.strides[1] != 0 or operand.strides[2] != 0, operand.strides[3] != 0
+            bounds = self.inside(
+                "(n < length)[:, None]" if by_key else "", self.row_bound("[None, :]") if by_row else ""
+            )
+            if self.additive:
+                self.emit(f"s = s + tl.load({at}{bounds}).to(tl.float32)")
+            else:
+                test = "!=" if op.mask.tensor == "visible" else "=="
+                self.emit(f"marked = tl.load({at}{bounds.replace('0.0', '0')})")
+                seen.append(f"(marked {test} 0)")
+        self.emit(f's = tl.where({" & ".join(seen)}, s, float("-inf"))')
+
+    def finish(self) -> None:
+        row = self.row_bound("[None, :]")
+        column = self.column_bound("c", self.op.v_dim, "[:, None]")
+        stored = " & ".join(b for b in (row, column) if b)
+        mask = f", mask={stored}" if stored else ""
+        self.emit("total = tl.sum(l, 0)")
+        if not self.splitting:
+            at = self.along("out", self.operands.out.strides, column="c[:, None]", **self.of_query("[None, :]"))
+            self.emit(f"tl.store({at}, {self.result('acc', 'total[None, :]')}{mask})")
+            return
+        self.emit(f"slot = (pair.to(tl.int64) * {self.plan.splits} + split) * {self.rows} + row")
+        self.emit(f"tl.store(partial + slot[None, :] * {self.op.v_dim} + c[:, None], acc{mask})")
+        bound = f", mask={self.row_bound('')}" if row else ""
+        self.emit(f"tl.store(stats + slot * 2, m{bound})", f"tl.store(stats + slot * 2 + 1, total{bound})")
+        self.gather()
+
+    def gather(self) -> None:
+        """The last program of a tile adds up what all of them have left, some rows and splits at a time."""
+        plan, width = self.plan, self.op.v_dim
+        held_rows = min(plan.rows, self.rows)
+        rows, splits = gathered(self.op, plan)
+        self.emit("tl.debug_barrier()  # all of this program's results are written before it counts as arrived")
+        self.emit('arrived = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel")')
+        self.emit("if arrived != active - 1:", "    return", "tl.store(arrivals + tl.program_id(0), 0)")
+        self.emit(f"for start in range(0, {held_rows}, {rows}):")
+        self.level += 1
+        self.emit(f"row_e = {f'tile * {plan.rows} + ' if self.tiles > 1 else ''}start + tl.arange(0, {rows})")
+        self.query_index("kv_head", "_e")
+        self.emit(f'm_e = tl.full(({rows},), float("-inf"), tl.float32)', f"total_e = tl.zeros(({rows},), tl.float32)")
+        self.emit(f"acc_e = tl.zeros(({rows}, {self.v_width}), tl.float32)")
+        self.emit(f"for first in range(0, active, {splits}):")
+        self.level += 1
+        self.emit(f"part = first + tl.arange(0, {splits})")
+        self.emit(f"held = (part < active)[:, None] & (row_e < {self.rows})[None, :]")
+        self.emit(f"slots = (pair.to(tl.int64) * {plan.splits} + part)[:, None] * {self.rows} + row_e[None, :]")
+        column = self.column_bound("c", width, "[None, None, :]")
+        tile = f"held[:, :, None]{f' & {column}' if column else ''}"
+        for name, at, inside, other in (
+            ("m_part", "stats + slots * 2", "held", 'float("-inf")'),
+            ("l_part", "stats + slots * 2 + 1", "held", "0.0"),
+            ("acc_part", f"partial + slots[:, :, None] * {width} + c[None, None, :]", tile, "0.0"),
+        ):
+            self.emit(f'{name} = tl.load({at}, mask={inside}, other={other}, cache_modifier=".cg")')
+        self.emit("m_all = tl.maximum(m_e, tl.max(m_part, 0))")
+        self.emit('base_e = tl.where(m_all == float("-inf"), 0.0, m_all)')
+        self.emit(f"shrink = {self.exp('m_e - base_e')}", f"weight = {self.exp('m_part - base_e[None, :]')}")
+        self.emit("m_e = m_all", "total_e = total_e * shrink + tl.sum(l_part * weight, 0)")
+        self.emit("acc_e = acc_e * shrink[:, None] + tl.sum(acc_part * weight[:, :, None], 0)")
+        self.level -= 1
+        at = self.along("out", self.operands.out.strides, column="c[None, :]", **self.of_query("_e[:, None]"))
+        column = self.column_bound("c", width, "[None, :]")
+        inside = f"(row_e < {self.rows})[:, None]{f' & {column}' if column else ''}"
+        self.emit(f"tl.store({at}, {self.result('acc_e', 'total_e[:, None]')}, mask={inside})")
