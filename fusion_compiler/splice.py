@@ -9,6 +9,7 @@ of what it is to replace; `replace` exchanges them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -70,7 +71,12 @@ class Builder:
         if constant is not None:
             return int(constant)
         assert isinstance(value, torch.SymInt)
-        wanted = value.node.expr
+        return self._held(value.node.expr)
+
+    def _held(self, wanted: Any) -> int | Node:
+        """What holds a symbolic size: a node that is it, a tensor that has it, or sums and products of such."""
+        if wanted.is_Integer:
+            return int(wanted)
         tensors: list[Node] = []
         for node in self.gm.graph.nodes:
             if node is self.before:
@@ -84,6 +90,9 @@ class Builder:
             for dim, size in enumerate(node.meta["val"].shape):
                 if isinstance(size, torch.SymInt) and size.node.expr == wanted:
                     return self.call(aten.sym_size.int, node, dim)
+        if wanted.is_Add or wanted.is_Mul:
+            combine = operator.add if wanted.is_Add else operator.mul
+            return functools.reduce(lambda a, b: self.call(combine, a, b), map(self._held, wanted.args))
         raise SpliceError(f"the size {wanted} is held by no tensor before {self.before.name}, so no node can read it")
 
     def size(self, node: Node, dim: int) -> int | Node:
@@ -110,6 +119,19 @@ class Builder:
     def empty(self, shape: Sequence[Dim], dtype: torch.dtype, device: torch.device) -> Node:
         """An uninitialised contiguous tensor, to be written by a kernel."""
         return self.call(aten.empty.memory_format, list(shape), dtype=dtype, device=device, pin_memory=False)
+
+    def zeros(self, size: Dim, dtype: torch.dtype, device: torch.device) -> Node:
+        """A tensor [size] of zeros, the same node for all who ask: for kernels that leave it as they found it."""
+        settings = {"dtype": dtype, "device": device, "pin_memory": False}
+        if not isinstance(size, int):
+            return self.call(aten.full.default, [size], 0, **settings)
+        first = next(n for n in self.gm.graph.nodes if n.op != "placeholder")
+        for node in self.gm.graph.find_nodes(op="call_function", target=aten.full.default):
+            if node.meta.get("shared_zeros") and node.args[0] == [size] and dict(node.kwargs) == settings:
+                return cast(Node, node)
+        made = Builder(self.gm, first, self.origin).call(aten.full.default, [size], 0, **settings)
+        made.meta["shared_zeros"] = True
+        return made
 
     def contiguous(self, node: Node) -> Node:
         """`node` in row-major order; the node itself where it is already."""

@@ -187,7 +187,8 @@ def _combine(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | 
         limits.append(f"key < {lengths.name}" + (f" + {padding}" if padding else ""))
     return Proof(
         Mask(
-            "causal" if follow or lowers or chunks else "length", offset=int(offset) if offset.is_Integer else offset, window=window,
+            "causal" if follow or lowers or chunks else "length",
+            offset=int(offset) if offset.is_Integer else offset, window=window,
             position=node is not None, chunk=chunk, padding=padding,
             proof=f"{', '.join(limits)}, read from the index function of the mask",
         ), node, lengths,

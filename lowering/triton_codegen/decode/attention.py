@@ -19,7 +19,7 @@ from ....machine import Machine
 from ....splice import load_kernel, same_sizes
 from ..matmul import float32_precision
 from . import predict
-from .operands import Axes, Operand, Operands, Plan, query_rows, row_tiles
+from .operands import Axes, KernelSource, Operand, Operands, Plan, query_rows, row_tiles
 from .source import write
 
 if TYPE_CHECKING:
@@ -108,7 +108,19 @@ def _expression(size: Any) -> sympy.Expr:
 
 # ---- emission -------------------------------------------------------------------------------------
 def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
-    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`.
+    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
+    source, nodes, grid = prepared(op, plan, builder, site)
+    done = builder.triton(
+        load_kernel(source.text, source.name), grid, nodes | source.sizes, source.outputs,
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+    return _shaped(builder, done["out"], op.out)
+
+
+def prepared(
+    op: Attention, plan: Plan, builder: Builder, site: Site
+) -> tuple[KernelSource, dict[str, Node], tuple[Any, int]]:
+    """The kernel, the tensors it is called with, and its grid.
 
     The mask tensor is read only where nothing better is known of it; otherwise the position alone keeps its nodes.
     """
@@ -124,25 +136,17 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
     nodes["out"], out_strides = _empty(builder, op, device)
     operands = Operands(
         read["q"], read["k"], read["v"], Operand(op.out.dtype, out_strides), read.get("mask"),
-        *(_dtype(nodes.get(name)) for name in ("position", "lengths")),
+        position=_dtype(nodes, "position"), lengths=_dtype(nodes, "lengths"), scale=_dtype(nodes, "scale"),
         one_length="lengths" in nodes and same_sizes([nodes["lengths"].meta["val"].numel()], [1]),
-        scale=_dtype(nodes.get("scale")),
     )  # fmt: skip
     tiles = _product(builder, op.batch, op.kv_heads, row_tiles(op, plan))
     if plan.splits > 1:
         slots = [_product(builder, op.batch, op.kv_heads), plan.splits, query_rows(op)]
         nodes["partial"] = builder.empty([*slots, op.v_dim], torch.float32, device)
         nodes["stats"] = builder.empty([*slots, 2], torch.float32, device)
-        nodes["arrivals"] = builder.call(
-            aten.full.default, [tiles], 0, dtype=torch.int32, device=device, pin_memory=False
-        )
+        nodes["arrivals"] = builder.zeros(tiles, torch.int32, device)
     source = write(op, plan, operands, float32_precision())
-    done = builder.triton(
-        load_kernel(source.text, source.name), (tiles, plan.splits),
-        {name: nodes[name] for name in source.tensors} | source.sizes, source.outputs,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
-    )  # fmt: skip
-    return _shaped(builder, done["out"], op.out)
+    return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
 
 
 def _names(op: Attention) -> list[str]:
@@ -156,8 +160,8 @@ def _names(op: Attention) -> list[str]:
     ]
 
 
-def _dtype(node: Node | None) -> torch.dtype | None:
-    return None if node is None else node.meta["val"].dtype
+def _dtype(nodes: dict[str, Node], name: str) -> torch.dtype | None:
+    return nodes[name].meta["val"].dtype if name in nodes else None
 
 
 def _product(builder: Builder, *factors: Any) -> Any:
@@ -176,12 +180,13 @@ def _product(builder: Builder, *factors: Any) -> Any:
 # ---- layouts: strides instead of nodes -------------------------------------------------------------
 def _readable(builder: Builder, node: Node, layout: Layout) -> tuple[Node, Axes]:
     """(node, strides along the documented axes), the node copied only where no strides bring it into the layout."""
-    for candidate in (lambda: node, lambda: builder.contiguous(node)):
-        found = candidate()
-        strides = _strides(builder, found.meta["val"], layout)
-        if strides is not None:
-            return found, strides
-    raise ValueError(f"{node.name} cannot be read as {tuple(layout.shape)} without a copy")
+    strides = _strides(builder, node.meta["val"], layout)
+    if strides is None:
+        node = builder.contiguous(node)
+        strides = _strides(builder, node.meta["val"], layout)
+    if strides is None:
+        raise ValueError(f"{node.name} cannot be read as {tuple(layout.shape)} without a copy")
+    return node, strides
 
 
 def _strides(builder: Builder, value: torch.Tensor, layout: Layout) -> Axes | None:
@@ -194,9 +199,9 @@ def _strides(builder: Builder, value: torch.Tensor, layout: Layout) -> Axes | No
 
 def _spread(view: torch.Tensor) -> Axes:
     """Strides, 0 where there is one index only, as in a mask that is broadcast."""
+    strides: tuple[Any, ...] = view.stride()
     batch, heads, rows, columns = (
-        0 if isinstance(size, int) and size == 1 else stride
-        for size, stride in zip(view.shape, view.stride(), strict=True)
+        0 if isinstance(size, int) and size == 1 else stride for size, stride in zip(view.shape, strides, strict=True)
     )
     return batch, heads, rows, columns
 

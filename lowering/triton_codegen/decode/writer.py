@@ -5,6 +5,8 @@ Strides and sizes known when compiling stand in the text as numbers; the others 
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 import torch
 
@@ -76,13 +78,10 @@ class Writer:
         if mask.padding is not None:
             at = "lengths" if self.operands.one_length else "lengths + batch"
             self.emit(f"length = tl.minimum(length, tl.load({at}).to(tl.int32) + {mask.padding})")
-        first = "0"
-        if mask.window is not None:
-            first = f"tl.maximum(newest - {mask.window - 1}, 0)"
-        if mask.chunk is not None:
-            chunk = f"newest // {mask.chunk} * {mask.chunk}"
-            first = chunk if mask.window is None else f"tl.maximum({first}, {chunk})"
-        self.emit(f"first_block = ({first}) // {block}")
+        begins = [f"newest - {mask.window - 1}"] if mask.window is not None else []
+        begins += [f"newest // {mask.chunk} * {mask.chunk}"] if mask.chunk is not None else []
+        nearest = functools.reduce(lambda a, b: f"tl.maximum({a}, {b})", begins, "0")
+        self.emit(f"first_block = {nearest} // {block}")
         self.emit(f"blocks = tl.maximum((length + {block - 1}) // {block} - first_block, 0)")
         self.emit(f"active = tl.maximum(tl.minimum(blocks, {self.plan.splits}), 1)")
 
