@@ -10,14 +10,11 @@ un-repeated cache with a mask tensor. Errors are against float64, over those of 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fusion_compiler.fused import Attention, Layout, Mask
-from fusion_compiler.lowering.triton_codegen.aot import compile_text
 from fusion_compiler.lowering.triton_codegen.decode import predict
 from fusion_compiler.lowering.triton_codegen.decode.operands import (
     KernelSource,
@@ -137,22 +133,6 @@ def chosen(case: Case) -> Plan:
 # ---- building -------------------------------------------------------------------------------------
 def source(case: Case, plan: Plan) -> KernelSource:
     return write(case.op(), plan, case.operands())
-
-
-def compiled(job: tuple[Case, Plan]) -> str:
-    """The compiler's complaint about a plan, if any. Fills Triton's cache on disk for the launches to come."""
-    from triton.backends.compiler import GPUTarget
-
-    case, plan = job
-    try:
-        made = source(case, plan)
-        compile_text(
-            made.text, made.name, made.tensors, made.sizes, {}, GPUTarget("cuda", 90, 32),
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
-        )  # fmt: skip
-    except Exception as error:  # a plan the compiler refuses is a result of the sweep
-        return f"{plan.label}: {type(error).__name__}: {error}"[:200]
-    return ""
 
 
 # ---- measuring ------------------------------------------------------------------------------------
@@ -279,27 +259,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--only", help="part of the names of the cases to run")
     parser.add_argument("--sweep", action="store_true", help="every plan, not only the one that the cost model takes")
-    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
-    cases = [c for c in CASES if not args.only or args.only in c.name]
-    plans = {c: list(sweep(c)) if args.sweep else [chosen(c)] for c in cases}
-    jobs = [(c, p) for c in cases for p in plans[c]]
-    began = time.perf_counter()
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        complaints = {job: text for job, text in zip(jobs, pool.map(compiled, jobs, chunksize=2), strict=True) if text}
-    print(f"{len(jobs)} plans compiled in {time.perf_counter() - began:.0f} s", flush=True)
-    for text in sorted(set(complaints.values())):
-        print("  refused:", text)
-    if not torch.cuda.is_available():
-        print("no device: nothing measured")
-        return
-    began, results = time.perf_counter(), []
-    for case in cases:
-        results.append(measure(case, [p for p in plans[case] if (case, p) not in complaints]))
+    results = []
+    for case in (c for c in CASES if not args.only or args.only in c.name):
+        results.append(measure(case, list(sweep(case)) if args.sweep else [chosen(case)]))
         args.json.write_text(json.dumps({**harness.provenance(torch.device("cuda")), "results": results}))
         print(_row(results[-1], 4), flush=True)
         torch.cuda.empty_cache()
-    print(f"measured in {time.perf_counter() - began:.0f} s; times in µs")
 
 
 if __name__ == "__main__":
