@@ -6,6 +6,7 @@ sentence. Sizes tell the axes apart: batch 3, heads 4, length 24, width 16.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -359,11 +360,11 @@ def sdpa_of_three_dimensions(q, k, v):
 
 def multihead(**given: Any) -> Callable[[Tensor], Any]:
     module = nn.MultiheadAttention(H * D, H, batch_first=True).eval()
+    modules = {t: copy.deepcopy(module).to(t) for t in (torch.float32, torch.float16, torch.bfloat16)}
 
     def function(x: Tensor) -> Any:
         hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        module.to(x.dtype)
-        return module(x, x, x, attn_mask=hidden, **given)
+        return modules[x.dtype](x, x, x, attn_mask=hidden, **given)
 
     return function
 
