@@ -89,8 +89,8 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("k", "n"), [(64, 96), (520, 200)])
-def test_the_matmul_family_at_every_number_of_rows(k: int, n: int, dtype: torch.dtype) -> None:
+def test_the_matmul_family_at_every_number_of_rows(dtype: torch.dtype) -> None:
+    k, n = 520, 200
     cases: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
         "gated_mlp": (glu, (randn(k, dtype=dtype), *(randn(n, k, dtype=dtype, scale=k**-0.5) for _ in range(2)))),
         "norm_linear": (
@@ -100,7 +100,7 @@ def test_the_matmul_family_at_every_number_of_rows(k: int, n: int, dtype: torch.
         "linear_act": (linear_gelu, (randn(n, k, dtype=dtype, scale=k**-0.5), randn(n, dtype=dtype))),
     }
     for name, (fn, operands) in cases.items():
-        for m in (1, 2, 3, 4, 7, 16, 17, 33, 64, 100):
+        for m in (1, 2, 5, 16, 17, 64, 100, 300):
             torch._dynamo.reset()
             before = len(fc.reports())
             check(fn, (randn(m, k, dtype=dtype), *operands), remainder="eager")
@@ -204,7 +204,7 @@ def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fn", [attention, causal, window, softcap, alibi])
 def test_attention(fn: Function, dtype: torch.dtype) -> None:
-    for length, dim in ((128, 64), (129, 64), (77, 80), (200, 128), (1, 64)):
+    for length, dim in ((129, 64), (77, 80), (1, 64)):
         torch._dynamo.reset()
         check(fn, heads(length, dtype, dim=dim))
     if fn in (attention, causal):
@@ -218,8 +218,8 @@ def test_attention_of_symbolic_lengths(fn: Function) -> None:
         check(fn, heads(length, torch.bfloat16), run)
 
 
-@pytest.mark.parametrize("fill", [-torch.inf, -1e9, torch.finfo(torch.bfloat16).min])
-@pytest.mark.parametrize("shape", [(2, 1, 96, 96), (2, 1, 1, 96), (1, 4, 96, 96)])
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 96), (1, 4, 96, 96)])
 def test_masks_of_unknown_values_with_rows_that_see_nothing(shape: tuple[int, ...], fill: float) -> None:
     hidden = torch.rand(shape, device="cuda") < 0.5
     hidden[:, :, -1] = True
