@@ -70,8 +70,12 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) 
     return (scale * torch.randn(shape, device="cuda")).to(dtype)
 
 
+def upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()  # the reference stays in float64
+
+
 def rms(x: Tensor, g: Tensor) -> Tensor:
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * g
+    return (upcast(x) * torch.rsqrt(upcast(x).square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * g
 
 
 # ---- the matmul family ---------------------------------------------------------------------------
@@ -174,7 +178,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, fil
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if hidden is not None:
         scores = scores.masked_fill(hidden, fill)
-    return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+    return torch.softmax(upcast(scores), -1).to(q.dtype) @ v
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
