@@ -139,6 +139,25 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Modification:
+    """How scores are modified where no `Mask` says it all, as functions of batch, head, query and key.
+
+    The numbers `added` come to a score, after its cap. A key is seen where both `mask` (of kind none, causal or length)
+    and `visible` say so. Expressions are sympy's or `attention.index_functions.Choice`, over the symbols batch, head,
+    query and key and over functions named in `reads`, which are elements of operands of the site; `reads` also names
+    those of the mask, "position" and "lengths".
+    """
+
+    mask: Mask
+    added: tuple[Any, ...]
+    visible: Any
+    finite: bool  # rows that see no key average all values; otherwise `empty_rows` tells what they give
+    unknown: bool  # what is added is read, and may hide a key
+    empty_rows: Literal["none", "nan", "zero"]
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Layout:
     """How an operand becomes the tensor that its fused op documents, without a copy where strides allow.
 
@@ -160,9 +179,9 @@ class Attention:
     q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; query head h reads key head h // (H / Hkv).
     score = scale · q·k, then softcap·tanh(score / softcap) where softcap is set, then the mask.
     Operands of a site, in this order: q, k, v, [mask tensor where mask.tensor is not "none"], [position scalar where
-    mask.position], [lengths where mask.padding is set], [scale where scale_operand]. `layouts` brings q, k, v and the
-    mask tensor into the shapes above (the mask into one that broadcasts to [B, H, Lq, Lk]); `out` brings the result
-    [B, H, Lq, Dv] into the shape of the site's output.
+    mask.position], [lengths where mask.padding is set], [those that `modification` reads], [scale where scale_operand].
+    `layouts` brings q, k, v and the mask tensor into the shapes above (the mask into one that broadcasts to
+    [B, H, Lq, Lk]); `out` brings the result [B, H, Lq, Dv] into the shape of the site's output.
     """
 
     batch: Size
@@ -180,6 +199,7 @@ class Attention:
     softcap: float | None = None
     scale_operand: bool = False  # q·k is also multiplied with the site's last operand, a tensor of one element
     scale_divides: bool = False  # it is divided by it instead
+    modification: Modification | None = None  # says the same as a mask of kind "tensor", and of what it is made
     vendor: str = ""  # the attention kernel that the graph already calls, if it does
 
 

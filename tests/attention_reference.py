@@ -25,6 +25,7 @@ def attend(op: Attention, site: Site, values: dict[Node, Any]) -> Tensor:
     tensor = arranged(held.pop(0), op.layouts[3]) if op.mask.tensor != "none" else None
     position = held.pop(0).item() if op.mask.position else 0
     lengths = held.pop(0) if op.mask.padding is not None else None
+    del held[: len(op.modification.reads) if op.modification is not None else 0]  # says the same as the tensor
     s = op.scale * (q @ k.mT)
     if op.scale_operand:
         factor = held.pop(0).double().reshape(())

@@ -135,10 +135,11 @@ class Indexer:
         key = (node, index)
         if key not in self._known:
             term = self._evaluate(node, index)
-            self._known[key] = self._load(node, index) if term is None else term
+            self._known[key] = self.element(node, index) if term is None else term
         return self._known[key]
 
-    def _load(self, node: Node, index: Index) -> Term:
+    def element(self, node: Node, index: Index) -> Term:
+        """The element as one that is read, whatever the node computes."""
         value = node.meta.get("val")
         dtype = value.dtype if isinstance(value, torch.Tensor) else torch.int64
         exact = not dtype.is_floating_point

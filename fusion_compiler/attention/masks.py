@@ -74,13 +74,13 @@ def prove(terms: Sequence[Term], extents: Extents, indexer: Indexer) -> Proof:
         return Proof(Mask("tensor", empty_rows=empty, proof="the mask hides every key"))
     parts = [read(part, extents, indexer) for part in conjuncts(conditions)]
     failed = next((p.failure for p in parts if p.failure), "")
-    proof = _combine(parts, extents, indexer) if not failed else failed
+    proof = limited(parts, extents, indexer) if not failed else failed
     reason = proof if isinstance(proof, str) else proof.mask.proof
     follows = [p for p in parts if p.follows_query or (extents.query == 0 and not p.by_batch)]
     offsets = [p.upper for p in follows if p.upper is not None]
     if isinstance(proof, Proof) and (proof.mask.kind == "none" or _newest_in_window(proof, extents)):
         empty = "none"
-    elif _sees_a_key(conditions, offsets, extents, indexer):
+    elif sees_a_key(conditions, offsets, extents, indexer):
         empty = "none"
     if isinstance(proof, str):
         return Proof(Mask("tensor", empty_rows=empty, proof=reason))
@@ -103,7 +103,7 @@ def _newest_in_window(proof: Proof, extents: Extents) -> bool:
     return extents.never_negative(newest) and extents.never_negative(beyond)
 
 
-def _sees_a_key(conditions: Boolean, offsets: Sequence[sympy.Expr], extents: Extents, indexer: Indexer) -> bool:
+def sees_a_key(conditions: Boolean, offsets: Sequence[sympy.Expr], extents: Extents, indexer: Indexer) -> bool:
     """Whether one and the same key, as a function of the query, is visible to every query."""
     for key in (ZERO, extents.query, *(extents.query + offset for offset in offsets)):
         inside = extents.never_negative(key) and extents.never_negative(extents.kv_len - 1 - key)
@@ -141,7 +141,7 @@ def _visible(term: Term, indexer: Indexer) -> tuple[Boolean, float] | str:
     return sympy.Or(*visible), fill
 
 
-def _combine(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | str:
+def limited(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | str:
     """The mask that the limits make together, or why it is none."""
     several = "it has several limits of one kind"
     uppers = _closest([p for p in parts if p.upper is not None and not p.by_batch], extents)

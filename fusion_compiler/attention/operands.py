@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..cost.amounts import amount
 from ..fused import Attention, Layout, Site
@@ -18,6 +19,13 @@ def scaled_queries(op: Attention, builder: Builder, site: Site, q: Node) -> Node
     if not op.scale_operand:
         return q
     return builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, site.operands[-1])
+
+
+def rows_in_one_piece(builder: Builder, node: Node) -> Node:
+    """`node` with its last dimension dense. Kernels take that for granted; torch's own dispatcher checks it."""
+    value = node.meta["val"]
+    dense = statically_known_true(value.shape[-1] == 1) or statically_known_true(value.stride(-1) == 1)
+    return node if dense else builder.contiguous(node)
 
 
 def added_mask(op: Attention, builder: Builder, site: Site) -> Node:

@@ -26,6 +26,7 @@ from .index_functions import Indexer
 from .late_division import LateDivision, divided_later
 from .limits import Extents
 from .masks import HIDDEN, Proof, Term, prove
+from .modifications import modification, says_more
 from .refusals import NotAttention, UnlikeRepeats, also_read, between_scores_and, changed
 from .roles import Geometry, Parts
 from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
@@ -195,6 +196,10 @@ class _Finder:
             operands.append(mask_operand[0])
             layouts.append(mask_operand[1])
         operands += [n for n in (proof.position, proof.lengths) if n is not None]
+        modified, modified_by = None, tuple[Node, ...]()
+        if proof.mask.kind == "tensor":
+            modified, modified_by = modification(geometry, self._indexer, parts.total)
+        operands += modified_by
         if len(parts.factors) > 1:
             raise NotAttention(parts.root, "the scores are scaled by several tensors; multiply those first")
         operands += [f.node for f in parts.factors]
@@ -207,9 +212,10 @@ class _Finder:
             batch=shape[0], heads=shape[1], kv_heads=k_layout.shape[1], q_len=shape[2], kv_len=k_layout.shape[2],
             head_dim=shape[3], v_dim=v_layout.shape[3], scale=parts.scale * q_scale * k_scale, mask=proof.mask,
             dtype=dtype, layouts=tuple(layouts), out=out, softcap=parts.softcap,
-            scale_operand=bool(parts.factors), scale_divides=any(f.divides for f in parts.factors), vendor=parts.vendor,
+            scale_operand=bool(parts.factors), scale_divides=any(f.divides for f in parts.factors),
+            modification=modified, vendor=parts.vendor,
         )  # fmt: skip
-        if parts.vendor and proof.mask.kind == "tensor" and k is parts.k.node:
+        if parts.vendor and proof.mask.kind == "tensor" and k is parts.k.node and not says_more(op):
             raise NotAttention(
                 parts.root, f"{parts.root.name} is a fused attention already; nothing more is known: {proof.mask.proof}"
             )
@@ -302,14 +308,7 @@ class _Finder:
             return Proof(parts.known_mask), None
         if not parts.masks:
             return Proof(Mask("none", empty_rows="none", proof="nothing is masked")), None
-        terms = []
-        for site in parts.masks:
-            dims = geometry.by_row(site.scores)
-            if dims is None:
-                raise NotAttention(site.node, f"the mask {site.node.name} meets the scores across their axes")
-            index = geometry.index(dims, site.node)
-            terms.append(Term(site.node, index, site.additive, site.keeps, site.fill, site.factor))
-        proof = self._proof(tuple(terms), geometry.symbols())
+        proof = self._proof(geometry.terms(), geometry.symbols())
         if proof.mask.empty_rows != "none" and parts.total:
             proof = replace(proof, mask=replace(proof.mask, empty_rows="zero"))
         operand = None

@@ -24,6 +24,7 @@ from .axes import Atom, View
 from .contraction import Operand
 from .index_functions import Index
 from .limits import Extents
+from .masks import Term
 from .refusals import NotAttention, UnlikeRepeats
 from .scores import MaskSite
 from .softmax import Scale
@@ -249,6 +250,28 @@ class Geometry:
         query = self._symbol(self.queries[0]) if self.queries else sympy.Integer(0)
         batch = self._symbol(self.batch[0]) if len(self.batch) == 1 else None
         return Extents(query, key, {**extent, key: self.kv_len}, batch)
+
+    def terms(self) -> tuple[Term, ...]:
+        """The masks as they meet the scores."""
+        terms = []
+        for site in self.parts.masks:
+            dims = self.by_row(site.scores)
+            if dims is None:
+                raise NotAttention(site.node, f"the mask {site.node.name} meets the scores across their axes")
+            index = self.index(dims, site.node)
+            terms.append(Term(site.node, index, site.additive, site.keeps, site.fill, site.factor))
+        return tuple(terms)
+
+    def row_numbers(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """The symbols of batch and heads as digits of the numbers `batch` and `head`."""
+        found: dict[sympy.Symbol, sympy.Expr] = {}
+        for name, rows in (("batch", self.batch), ("head", self._heads())):
+            number, inner = sympy.Symbol(name, integer=True, nonnegative=True), sympy.Integer(1)
+            for i in reversed(rows):
+                digit = sympy.floor(number / inner)
+                found[self._symbol(i)] = sympy.Mod(digit, self.rows[i].size) if i != rows[0] else digit
+                inner *= self.rows[i].size
+        return found
 
     def index(self, dims: Sequence[axes.Dim], node: Node) -> Index:
         """Where a tensor that broadcasts to `dims` is read for the score at the symbols."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...candidates import Candidate, Unavailable
 from ...fused import Attention, FusedOp, MatmulFamily, RowReduction
 from ...machine import Machine
-from . import decode, matmul, row_reduction
+from . import decode, flash, matmul, row_reduction
 
 SHORTEST_NORM = 8
 
@@ -28,8 +28,15 @@ class TritonCodegen:
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
         if isinstance(op, Attention):
-            return decode.candidates(op, machine)
+            return _either(decode.candidates(op, machine), flash.candidates(op, machine))
         return []
+
+
+def _either(*offers: list[Candidate] | Unavailable) -> list[Candidate] | Unavailable:
+    """What several generators of kernels offer for one op, or why none of them does."""
+    found = [candidate for offer in offers if isinstance(offer, list) for candidate in offer]
+    reasons = dict.fromkeys(offer.reason for offer in offers if isinstance(offer, Unavailable))
+    return found or Unavailable("; ".join(reasons))
 
 
 lowering = TritonCodegen()

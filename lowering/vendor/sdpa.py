@@ -16,9 +16,8 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusion_compiler.attention.operands import added_mask, arranged, expanded, number, scaled_queries
+from fusion_compiler.attention.operands import added_mask, arranged, expanded, number, rows_in_one_piece, scaled_queries
 from fusion_compiler.candidates import Candidate, Traffic, Unavailable
 from fusion_compiler.cost.amounts import Condition, amount
 from fusion_compiler.cost.roofline import attention_seconds, attention_traffic
@@ -186,7 +185,7 @@ def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> Condition:
 def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: Builder, site: Site) -> Node:
     q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
     q = scaled_queries(op, builder, site, q)
-    q, k, v = (_rows_in_one_piece(builder, node) for node in (q, k, v))
+    q, k, v = (rows_in_one_piece(builder, node) for node in (q, k, v))
     added = added_mask(op, builder, site) if masked else None
     mask = _mask(op, backend, builder, added) if added is not None else None
     positional, keywords = backend.arguments(q, k, v, mask, causal, op.scale)
@@ -194,13 +193,6 @@ def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: 
     if added is not None and op.mask.empty_rows == "nan":
         out = _not_a_number_where_all_is_hidden(builder, added, out)
     return arranged(builder, out, op.out)
-
-
-def _rows_in_one_piece(builder: Builder, node: Node) -> Node:
-    """`node` with its last dimension dense. The kernels take that for granted; torch's own dispatcher checks it."""
-    value = node.meta["val"]
-    dense = statically_known_true(value.shape[-1] == 1) or statically_known_true(value.stride(-1) == 1)
-    return node if dense else builder.contiguous(node)
 
 
 def _mask(op: Attention, backend: Backend, builder: Builder, added: Node) -> Node:

@@ -1,0 +1,141 @@
+"""Modifications of scores that no `Mask` says: what is added to them and which keys a query sees, as functions.
+
+A kernel that is generated for an attention can print these functions (ALiBi, documents, prefixes, biases) instead of
+reading a tensor of queries × keys. What of the conditions can be proved to be limits is taken out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from ..fused import Attention, Mask, Modification
+from .index_functions import ZERO, Choice, Indexer, leaves, number, truth
+from .limits import Extents, conjuncts, loads_of, read
+from .masks import HIDDEN, Term, limited, sees_a_key
+from .roles import Geometry
+
+MOST_OPERATIONS = 40  # of one term; more are cheaper to read than to compute again for every score
+
+
+def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Modification | None, tuple[Node, ...]]:
+    """The modification that the masks of an attention make together, with the nodes it reads; None where they make
+    none that can be printed. `total` tells that rows which see no key give 0."""
+    nothing, extents, rows = (None, ()), geometry.symbols(), geometry.row_numbers()
+    conditions, added, fills = list[Boolean](), list[object](), list[float]()
+    for term in geometry.terms():
+        value = _printable(term, indexer, extents)
+        if not term.additive:
+            if term.fill > HIDDEN:
+                return nothing
+            conditions.append(truth(value) if term.keeps else sympy.Not(truth(value)))
+            fills.append(term.fill)
+            continue
+        visible, fill = _visible(value, term.factor)
+        if fill is not None:
+            conditions.append(visible)
+            fills.append(fill)
+        rest = _mapped(number(value), lambda leaf, factor=term.factor: _addend(leaf, factor))  # type: ignore[misc]
+        if rest != ZERO:
+            added.append(rest)
+    finite = any(fill > float("-inf") for fill in fills)
+    if finite and total:  # such rows would be the mean of all values beside those that are 0
+        return nothing
+    whole = sympy.to_nnf(sympy.And(*conditions), simplify=False)
+    if whole == sympy.false:
+        return nothing
+    parts = conjuncts(whole)
+    unknown = any(loads_of(leaf, indexer) for a in added for _, leaf in leaves(a))
+    offsets = [p.upper for p in (read(part, extents, indexer) for part in parts) if p.upper is not None]
+    seen = whole == sympy.true or sees_a_key(whole, offsets, extents, indexer)
+    mask, visible, nodes = Mask("none"), whole, dict[str, Node]()
+    if seen or not finite:
+        found = [(part, read(part, extents, indexer)) for part in parts]
+        proof = limited([limit for _, limit in found if not limit.failure], extents, indexer)
+        if not isinstance(proof, str):
+            mask, visible = proof.mask, sympy.And(*(part for part, limit in found if limit.failure))
+            nodes |= {"position": proof.position} if proof.position is not None else {}
+            nodes |= {"lengths": proof.lengths} if proof.lengths is not None else {}
+    expressions = [_rebased(e, rows) for e in (*added, visible)]
+    for expression in expressions:
+        for part in _atoms(expression):
+            for load in sorted(loads_of(part, indexer), key=str):
+                head = load if load in indexer.loads else load.func
+                nodes[str(head)] = indexer.loads[head]
+    empty = "zero" if total else "none" if seen and not unknown else "nan"
+    made = Modification(
+        mask, tuple(expressions[:-1]), expressions[-1], finite and not seen, unknown, cast(Any, empty), tuple(nodes)
+    )
+    return made, tuple(nodes.values())
+
+
+def says_more(op: Attention) -> bool:
+    """Whether more is known of how scores are modified than that there is a tensor of it."""
+    made = op.modification
+    if made is None:
+        return False
+    alone = made.mask.kind == "none" and len(made.reads) == 1
+    return not alone or bool(op.mask.tensor == "none")
+
+
+def _printable(term: Term, indexer: Indexer, extents: Extents) -> object:
+    """The value of a term, or where that is a long formula or reads several tensors of queries × keys, one element."""
+    value = indexer.at(term.node, term.index)
+    atoms = list(_atoms(value))
+    operations = sum(int(sympy.count_ops(a)) for a in atoms)
+    tiles = {load for a in atoms for load in loads_of(a, indexer) if _is_tile(load, extents)}
+    return indexer.element(term.node, term.index) if operations > MOST_OPERATIONS or len(tiles) > 1 else value
+
+
+def _is_tile(load: sympy.Expr, extents: Extents) -> bool:
+    return {extents.query, extents.key} <= load.free_symbols
+
+
+def _visible(value: object, factor: float) -> tuple[Boolean, float | None]:
+    """Where an added value hides no key, and the least number that hides one, if any does."""
+    visible, fill = list[Boolean](), None
+    for condition, leaf in leaves(value):
+        constant = _constant(leaf) * factor
+        if constant <= HIDDEN:
+            fill = constant if fill is None else min(fill, constant)
+        else:
+            visible.append(condition)
+    return sympy.Or(*visible), fill
+
+
+def _constant(leaf: sympy.Expr) -> float:
+    """The number in a sum."""
+    if leaf.is_number:
+        return float(leaf) if leaf.is_extended_real else float("nan")
+    return float(sum(a for a in leaf.args if a.is_number)) if leaf.is_Add else 0.0
+
+
+def _addend(leaf: sympy.Expr, factor: float) -> sympy.Expr:
+    if _constant(leaf) * factor <= HIDDEN:
+        return ZERO
+    return leaf if factor == 1.0 else leaf * sympy.Float(factor)
+
+
+def _mapped(term: object, fn: Callable[[sympy.Expr], sympy.Expr]) -> object:
+    """`fn` of every number that a term may be."""
+    if isinstance(term, Choice):
+        yes, no = _mapped(term.yes, fn), _mapped(term.no, fn)
+        return yes if yes == no else Choice(term.condition, yes, no)
+    return fn(cast(sympy.Expr, term))
+
+
+def _rebased(term: object, rows: Mapping[sympy.Symbol, sympy.Expr]) -> object:
+    if isinstance(term, Choice):
+        return Choice(term.condition.xreplace(dict(rows)), _rebased(term.yes, rows), _rebased(term.no, rows))
+    return cast(sympy.Basic, term).xreplace(dict(rows))
+
+
+def _atoms(term: object) -> list[sympy.Basic]:
+    """The formulas that a term is made of."""
+    if isinstance(term, Choice):
+        return [term.condition, *_atoms(term.yes), *_atoms(term.no)]
+    return [cast(sympy.Basic, term)]

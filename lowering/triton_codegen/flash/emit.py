@@ -1,0 +1,97 @@
+"""Puts a flash kernel into the graph: operands as views of what is there, the result as what follows wants it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from ....attention.operands import arranged, rows_in_one_piece, scaled_queries
+from ....candidates import Amount
+from ....cost.amounts import amount
+from ....fused import Attention, Site
+from ....splice import SpliceError, load_kernel
+from ..matmul import float32_precision
+from .blocks import listed
+from .expressions import Read
+from .plan import Plan
+from .source import NAME, Strides, write
+
+if TYPE_CHECKING:
+    from ....splice import Builder
+
+
+def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
+    """Adds the kernel of `plan`; returns the node in the shape of `site.output`."""
+    q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
+    q = scaled_queries(op, builder, site, q)
+    q, k, v = (rows_in_one_piece(builder, node) for node in (q, k, v))
+    reads, lengths_stride, read = _reads(op, builder, site)
+    out, out_strides = _result(op, builder, site)
+    own = [_strides(node.meta["val"]) for node in (q, k, v)]
+    strides = Strides(own[0], own[1], own[2], out_strides, lengths_stride, read)
+    source = write(op, plan, strides, float32_precision())
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, **reads, "out": out}
+    if plan.listed:
+        arguments["blocks"] = listed(op, plan, strides, builder, reads, q)
+    arguments |= {name: _size(builder, name) for name in source.symbols}
+    arguments |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
+    grid = [op.heads, builder.ceil_div(op.q_len, plan.block_m), op.batch]
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    launched = builder.triton(load_kernel(source.text, NAME), grid, arguments, ["out"], **options)
+    return builder.reshape(launched["out"], op.out.merged)
+
+
+def _reads(op: Attention, builder: Builder, site: Site) -> tuple[dict[str, Node], Amount, dict[str, Read]]:
+    """What the kernel reads beside q, k and v by the names of its arguments, the stride of the lengths, and how the
+    functions of the modification are read."""
+    at = 3 + (op.mask.tensor != "none")
+    if op.modification is None:
+        names = ["position"] * op.mask.position + ["lengths"] * (op.mask.padding is not None)
+    else:
+        at += op.mask.position + (op.mask.padding is not None)
+        names = list(op.modification.reads)
+    nodes = dict(zip(names, site.operands[at:], strict=False))
+    found: dict[str, Node] = {name: nodes.pop(name) for name in ("position", "lengths") if name in nodes}
+    lengths_stride: Amount = 0
+    if "lengths" in found:
+        found["lengths"] = builder.reshape(found["lengths"], [-1])
+        value = found["lengths"].meta["val"]
+        lengths_stride = 0 if value.shape[0] == 1 else amount(value.stride(0))
+    read = {}
+    for i, (name, node) in enumerate(nodes.items()):
+        value = node.meta["val"]
+        read[name] = Read(f"read{i}", _strides(value), value.dtype)
+        found[f"read{i}"] = node
+    return found, lengths_stride, read
+
+
+def _strides(value: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(map(amount, value.stride()))
+
+
+def _result(op: Attention, builder: Builder, site: Site) -> tuple[Node, tuple[Any, ...]]:
+    """(an empty tensor that reshapes to the site's output, its strides along batch, heads, queries and width)."""
+    layout = op.out
+    shape = [layout.split[d] for d in layout.order]
+    out = builder.empty(shape, layout.dtype, site.output.meta["val"].device)
+    inverse = [layout.order.index(d) for d in range(len(shape))]
+    try:
+        with builder.fake_mode:
+            seen = out.meta["val"].permute(inverse).view((op.batch, op.heads, op.q_len, op.v_dim))
+    except RuntimeError as error:
+        raise SpliceError(f"the result of {site.output.name} has its heads in several places of memory") from error
+    return out, _strides(seen)
+
+
+def _size(builder: Builder, name: str) -> torch.SymInt:
+    """The symbolic size of the graph that is the symbol `name`."""
+    for node in builder.gm.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol) and str(size) == name:
+                return size
+    raise SpliceError(f"no tensor of the graph has the size {name}")

@@ -1,0 +1,161 @@
+"""Candidates for attention: the plans of the flash kernel, what each is predicted to take, and what it cannot serve.
+
+A program visits the blocks of keys that its rows may see; a block costs its products on the matrix units and its
+softmax on the ordinary ones, at rates that were measured per kind of plan. Programs fill the machine in waves.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any, cast
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+
+from ....attention.index_functions import Choice
+from ....candidates import Amount, Candidate, Traffic, Unavailable
+from ....cost.amounts import amount, ceil_div, maximum
+from ....cost.roofline import attention_traffic, visible_keys
+from ....fused import Attention
+from ....machine import TABLE, Machine
+from .emit import emit
+from .limits import proved
+from .plan import Plan, pieces
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FEWEST_QUERIES = 16  # below, most rows of a block would be padding
+WIDEST_HEAD = 256
+LISTED_SCORES = 1024**2  # fewer are computed before lists of them are made
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Seconds of one SM: `product` per score and element of its two head dimensions, `score` per score (softmax), `cap`
+    per capped score, `operation` per operation of a modification, `start` per row and element of a program beside its
+    steps; `launch` of the kernel beside the machine's own overhead, `listing` of the kernels
+    that list blocks. Full float32 takes `ordinary` times as long."""
+
+    product: float
+    score: float
+    cap: float
+    operation: float
+    start: float
+    launch: float
+    listing: float
+    ordinary: float
+
+
+@functools.cache
+def constants() -> Constants:
+    raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
+    return Constants(**raw["constants"])
+
+
+def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable:
+    """The fastest predicted plan."""
+    refusal = _refusal(op, machine)
+    if refusal:
+        return Unavailable(refusal)
+    fitting = [plan for plan in plans(op) if shared_memory(op, plan) <= machine.shared_memory]
+    if not fitting:
+        return Unavailable(f"no block of queries and keys of {op.dtype} fits the shared memory of {machine.name}")
+    traffic = attention_traffic(op)
+    return [
+        Candidate(
+            name="triton_flash",
+            kernel=f"triton flash_{plan.label}",
+            traffic=traffic,
+            seconds=seconds(op, plan, machine, traffic),
+            emit=functools.partial(emit, op, plan),
+            details=(
+                ("block_m", plan.block_m), ("block_n", plan.block_n), ("num_warps", plan.num_warps),
+                ("num_stages", plan.num_stages), ("blocks listed", plan.listed),
+            ),
+        )
+        for plan in fitting[:1]
+    ]  # fmt: skip
+
+
+def _refusal(op: Attention, machine: Machine) -> str:
+    if machine.kind == "cpu":
+        return "Triton kernels are generated for GPUs; on a CPU attention is left to torch's kernels and Inductor"
+    if machine.kind == "cuda" and machine.capability < 80:
+        return f"Triton has no matrix instructions for {machine.arch}"
+    if op.dtype not in DTYPES or op.out.dtype not in DTYPES:
+        return f"the generated kernel takes bfloat16, float16 and float32, not {op.dtype}"
+    if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
+        return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
+    if max(op.head_dim, op.v_dim) > WIDEST_HEAD:
+        return f"head dimension {max(op.head_dim, op.v_dim)} exceeds {WIDEST_HEAD}"
+    q_len = amount(op.q_len)
+    if isinstance(q_len, int) and q_len < FEWEST_QUERIES:
+        return f"{q_len} queries would leave most of a block empty"
+    if op.mask.kind == "tensor" and op.modification is None:
+        return f"what happens to the scores cannot be written into a kernel: {op.mask.proof}"
+    return ""
+
+
+def plans(op: Attention) -> Iterator[Plan]:
+    """Plans from the fastest on, as measured: two programs share an SM, so that the softmax of one hides behind the
+    products of the other."""
+    width = sum(size for _, size in (*pieces(op.head_dim), *pieces(op.v_dim)))
+    narrow = proved(op).window is not None or proved(op).chunk is not None
+    blocks = list[tuple[int, int, int, int]]()
+    if op.dtype == torch.float32:
+        blocks = [(64, 32, 4, 2)] * (width <= 128) + [(32, 32, 4, 2)] * (width <= 256) + [(16, 32, 4, 2)]
+    else:
+        if width <= 128:
+            blocks.append((64, 64, 4, 2))
+        elif width <= 256 and not narrow and op.softcap is None and op.modification is None:
+            blocks.append((128, 64, 4, 2))
+        blocks += [(64, 64, 4, 3)] * (width <= 256) + [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
+    for block_m, block_n, warps, stages in blocks:
+        yield Plan(block_m, block_n, warps, stages, listed=_is_listed(op))
+
+
+def _is_listed(op: Attention) -> bool:
+    """Whether looking for blocks that can be skipped is likely to pay."""
+    made = op.modification
+    if made is None or made.visible == sympy.true or made.finite:
+        return False
+    sizes = op.batch, op.heads, op.q_len, op.kv_len
+    return all(isinstance(n, int) for n in sizes) and int(op.q_len) * int(op.kv_len) >= LISTED_SCORES
+
+
+def shared_memory(op: Attention, plan: Plan) -> int:
+    """Upper estimate of a program's shared memory: the queries, and keys and values of every stage."""
+    qk, pv = (sum(size for _, size in pieces(width)) for width in (op.head_dim, op.v_dim))
+    return op.dtype.itemsize * (plan.block_m * qk + plan.num_stages * plan.block_n * (qk + pv)) + 2048
+
+
+def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Amount:
+    """Predicted time, launches included."""
+    known, made = constants(), op.modification
+    limited = replace(op, mask=proved(op))
+    width = sum(size for _, size in (*pieces(op.head_dim), *pieces(op.v_dim)))
+    step = known.product * width * (known.ordinary if op.dtype == torch.float32 else 1.0) + known.score
+    step += known.cap if op.softcap is not None else 0.0
+    if made is not None:
+        step += known.operation * sum(_operations(a) for a in (*made.added, *([] if plan.listed else [made.visible])))
+    keys = visible_keys(limited, plan.block_n + plan.block_m)
+    program = plan.block_m * (keys * step + known.start * width)
+    programs = amount(op.batch) * amount(op.heads) * ceil_div(amount(op.q_len), plan.block_m)
+    # constants are of the H200's SMs; others are taken to be as fast as their matrix units
+    faster = TABLE["h200"].rate(op.dtype) / TABLE["h200"].num_sms * machine.num_sms / machine.rate(op.dtype)
+    work = maximum(programs / machine.num_sms, 1) * program * faster
+    moved = (traffic.bytes_read + traffic.bytes_written) / machine.memory_bandwidth
+    launches = known.launch + machine.launch_overhead + (known.listing if plan.listed else 0.0)
+    return maximum(work, moved) + launches
+
+
+def _operations(term: object) -> int:
+    """Operations per score that a term takes."""
+    if isinstance(term, Choice):
+        return 1 + sum(map(_operations, (term.condition, term.yes, term.no)))
+    expression = cast(sympy.Basic, term)
+    return int(sympy.count_ops(expression)) + 2 * len(expression.atoms(AppliedUndef))

@@ -1,0 +1,91 @@
+"""What happens to a tile of scores between the two products, in base 2: scale, cap, what is added, what is hidden."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import sympy
+
+from ....cost.amounts import amount
+from ....fused import Attention
+from .expressions import EXACT, Printer, Read
+from .plan import Plan
+from .sizes import size_text
+
+LOG2_E = math.log2(math.e)
+# What a finite number hides: below every score, so that beside another key it counts for nothing, and the same for all
+# keys of a row that sees none.
+HIDDEN = -1e38
+
+
+class Scores:
+    """Prints how the tile `s` of products q·k is modified."""
+
+    def __init__(self, op: Attention, plan: Plan, reads: Mapping[str, Read]) -> None:
+        self.op, self.reads = op, reads
+        self.q_len, self.kv_len = amount(op.q_len), amount(op.kv_len)
+        self.even_rows = isinstance(self.q_len, int) and self.q_len % plan.block_m == 0
+        self.even_keys = isinstance(self.kv_len, int) and self.kv_len % plan.block_n == 0
+
+    @property
+    def depends(self) -> set[str]:
+        """Whether what is visible depends on batch and head."""
+        made = self.op.modification
+        found = {str(s) for s in made.visible.free_symbols} if made is not None else set()
+        by_batch = made is not None and made.mask.padding is not None
+        return {n for n in ("batch", "head") if n in found} | ({"batch"} if by_batch else set())
+
+    def printer(self, inside: bool) -> Printer:
+        """`inside`: the tile's keys are all within the tensors."""
+        bounds = {
+            "query": "" if self.even_rows else f"rows < {size_text(self.q_len)}",
+            "key": "" if inside or self.even_keys else f"keys < {size_text(self.kv_len)}",
+        }
+        exact = all(isinstance(n, int) and n < EXACT for n in (self.q_len, self.kv_len))
+        return Printer(self.reads, bounds, exact)
+
+    def visible(self, inside: bool = False) -> str:
+        """The condition that no limit says, or nothing."""
+        made = self.op.modification
+        return "" if made is None or made.visible == sympy.true else self.printer(inside).truth(made.visible)
+
+    def modified(self, conditions: tuple[str, ...] | None) -> tuple[list[str], float]:
+        """Statements, and what `s` is still to be multiplied with. Only keys for which all conditions hold are seen;
+        None: whatever hides keys lets all of these through."""
+        op, made, lines = self.op, self.op.modification, list[str]()
+        factor = op.scale * LOG2_E
+        if factor <= 0.0:  # the maximum of scores is not that of what they are scaled to
+            lines.append(f"s = s * {factor!r}")
+            factor = 1.0
+        if op.softcap is not None:
+            # cap · tanh(x) = cap − 2 · cap / (1 + e^(2x)), which saturates on both sides without overflowing
+            inner = 2 / op.softcap * (op.scale * LOG2_E if op.scale > 0 else 1.0)
+            cap = op.softcap * LOG2_E
+            lines.append(f"s = {cap!r} - {2 * cap!r} / (1.0 + tl.exp2(s * {inner!r}))")
+            factor = 1.0
+        inside = not conditions
+        visible = self.visible(inside) if conditions is not None else ""
+        if visible or conditions or (made is not None and made.added):
+            lines.insert(0, "keys = start + columns[None, :]")
+        if made is not None and made.added:
+            lines += self._added(made.added, made.unknown, "" if factor == 1.0 else f" * {factor!r}", inside)
+            factor = 1.0
+        if visible and made is not None and made.finite:
+            lines.append(f"s = tl.where({visible}, s, {HIDDEN!r})")
+            visible = ""
+        hiding = [*(conditions or ()), *([visible] if visible else [])]
+        if hiding:
+            lines.append(f's = tl.where({" & ".join(hiding)}, s, float("-inf"))')
+        return lines, factor
+
+    def _added(self, added: tuple[object, ...], unknown: bool, scaled: str, inside: bool) -> list[str]:
+        printer = self.printer(inside)
+        if not unknown:
+            return [f"s = s{scaled} + {' + '.join(printer.number(a, LOG2_E) for a in added)}"]
+        # the least number of a dtype, which hides as a finite fill does, must not become −∞ in base 2
+        return [
+            f"added = {' + '.join(printer.number(a) for a in added)}",
+            f"s = s{scaled} + tl.maximum(added, {HIDDEN / 2!r}) * {LOG2_E!r}",
+            's = tl.where(added > float("-inf"), s, float("-inf"))',
+        ]

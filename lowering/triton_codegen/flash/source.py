@@ -1,0 +1,241 @@
+"""Writes the Triton source of one flash-attention kernel.
+
+For each block of queries the softmax is taken online, in base 2 (m is the running maximum, l the running sum):
+
+    m' = max(m, max s)      p = 2^(s − m')      l' = l · 2^(m − m') + Σ p      acc' = acc · 2^(m − m') + p · v
+
+and the result is acc / l. m starts at a finite number below every score, so that rows that have seen nothing yet need
+no case of their own: p is 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ....candidates import Amount
+from ....cost.amounts import amount
+from ....fused import Attention
+from .expressions import Read
+from .limits import limits, proved
+from .plan import Plan, pieces
+from .scores import Scores
+from .sizes import size_text, symbols
+
+NAME = "flash_attention"
+LOWEST = -3.0e38
+INDENT = "    "
+
+
+@dataclass(frozen=True)
+class Strides:
+    """Elements between neighbours along batch, heads, length and width."""
+
+    q: tuple[Amount, ...]
+    k: tuple[Amount, ...]
+    v: tuple[Amount, ...]
+    out: tuple[Amount, ...]
+    lengths: Amount = 0
+    reads: Mapping[str, Read] = field(default_factory=dict)  # what the modification reads, but position and lengths
+
+
+def contiguous(op: Attention) -> Strides:
+    """The strides of contiguous operands in layout BHSD."""
+
+    def of(heads: Amount, length: Amount, width: int) -> tuple[Amount, ...]:
+        return (heads * length * width, length * width, width, 1)
+
+    heads, kv_heads, q_len, kv_len = (amount(n) for n in (op.heads, op.kv_heads, op.q_len, op.kv_len))
+    q, out = of(heads, q_len, op.head_dim), of(heads, q_len, op.v_dim)
+    return Strides(q, of(kv_heads, kv_len, op.head_dim), of(kv_heads, kv_len, op.v_dim), out, lengths=1)
+
+
+@dataclass(frozen=True)
+class FlashSource:
+    """A module's text and the arguments of the kernel in it: tensors (the output last), then symbolic sizes."""
+
+    text: str
+    tensors: tuple[str, ...]
+    symbols: tuple[str, ...]
+
+
+def write(op: Attention, plan: Plan, strides: Strides, precision: str = "ieee") -> FlashSource:
+    """The kernel that computes `op` by `plan`; `precision` is that of float32 products."""
+    return _Writer(op, plan, strides, precision).write()
+
+
+def read_arguments(op: Attention, reads: Mapping[str, Read]) -> list[str]:
+    """The tensor arguments beside q, k, v and the result."""
+    mask = proved(op)
+    found = ["position"] if mask.position else []
+    found += ["lengths"] if mask.padding is not None else []
+    return [*found, *(read.argument for read in reads.values())]
+
+
+def sizes_of(op: Attention, strides: Strides) -> list[Amount]:
+    """Every size and stride that a kernel may compute with."""
+    found = [amount(n) for n in (op.heads, op.kv_heads, op.q_len, op.kv_len, proved(op).offset)]
+    for one in (strides.q, strides.k, strides.v, strides.out, (strides.lengths,)):
+        found += one
+    return found + [stride for read in strides.reads.values() for stride in read.strides]
+
+
+class _Writer:
+    def __init__(self, op: Attention, plan: Plan, strides: Strides, precision: str) -> None:
+        self.op, self.plan, self.strides, self.precision = op, plan, strides, precision
+        self.lines: list[str] = []
+        self.level = 1
+        self.limits = limits(op, plan.block_n, strides.lengths)
+        self.scores = Scores(op, plan, strides.reads)
+        self.qk, self.pv = pieces(op.head_dim), pieces(op.v_dim)
+        self.even_rows, self.even_keys = self.scores.even_rows, self.scores.even_keys
+
+    def emit(self, *lines: str) -> None:
+        self.lines += [INDENT * self.level + line for line in lines]
+
+    def write(self) -> FlashSource:
+        tensors = ["q", "k", "v", *read_arguments(self.op, self.strides.reads)]
+        tensors += ["blocks", "out"] if self.plan.listed else ["out"]
+        sizes = [str(s) for s in symbols(sizes_of(self.op, self.strides))]
+        self.start()
+        self.loops()
+        self.finish()
+        arguments = ", ".join([*tensors, *sizes, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"])
+        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {NAME}({arguments}):"]
+        return FlashSource("\n".join([*head, *self.lines]) + "\n", tuple(tensors), tuple(sizes))
+
+    # ---- parts ------------------------------------------------------------------------------
+    def start(self) -> None:
+        op = self.op
+        group = size_text(amount(op.heads) // amount(op.kv_heads))
+        self.emit(
+            "# blocks at the end of a causal sequence have the most keys: they start first",
+            "block = tl.num_programs(1) - 1 - tl.program_id(1)",
+            "first_row = block * BLOCK_M",
+            "head = tl.program_id(0).to(tl.int64)",
+            "batch = tl.program_id(2).to(tl.int64)",
+            f"kv_head = head // {group}",
+            "rows = first_row + tl.arange(0, BLOCK_M)[:, None]",
+            "columns = tl.arange(0, BLOCK_N)",
+        )
+        self.emit(*self.limits.setup)
+        q, k, v = self.strides.q, self.strides.k, self.strides.v
+        self.emit(f"q += batch * {size_text(q[0])} + head * {size_text(q[1])}")
+        if not self.plan.descriptors:
+            self.emit(f"k += batch * {size_text(k[0])} + kv_head * {size_text(k[1])}")
+            self.emit(f"v += batch * {size_text(v[0])} + kv_head * {size_text(v[1])}")
+        for i, (first, size) in enumerate(self.qk):
+            mask = self.inside("rows", amount(op.q_len), self.even_rows, first, size, op.head_dim, f"qd{i}[None, :]")
+            self.emit(f"qd{i} = {first} + tl.arange(0, {size})")
+            place = (
+                f"q + {_wide('rows', amount(op.q_len), q[2])} * {size_text(q[2])} + qd{i}[None, :] * {size_text(q[3])}"
+            )
+            self.emit(f"q{i} = tl.load({place}{mask})")
+        for i, (first, size) in enumerate(self.pv):
+            self.emit(f"vd{i} = {first} + tl.arange(0, {size})")
+            self.emit(f"acc{i} = tl.zeros((BLOCK_M, {size}), tl.float32)")
+        self.emit(f"m = tl.full((BLOCK_M,), {LOWEST}, tl.float32)", "l = tl.zeros((BLOCK_M,), tl.float32)")
+
+    def inside(self, index: str, length: Amount, even: bool, first: int, size: int, width: int, d: str) -> str:
+        conditions = [] if even else [f"(({index}) < {size_text(length)})"]
+        conditions += [f"({d} < {width})"] if first + size > width else []
+        return f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
+
+    def loops(self) -> None:
+        if self.plan.listed:
+            self.listed_loops()
+            return
+        found = self.limits
+        end = _nested("tl.minimum", found.end)
+        self.emit(f"end = {end}")
+        opened = _nested("tl.minimum", found.open_end)
+        if found.begin:
+            self.emit(f"begin = {_nested('tl.maximum', ('0', *found.begin))} // BLOCK_N * BLOCK_N")
+            self.emit(f"open_begin = tl.cdiv({_nested('tl.maximum', ('0', *found.open_begin))}, BLOCK_N) * BLOCK_N")
+        else:
+            self.emit("begin = 0", "open_begin = 0")
+        self.emit(f"open_end = {opened} // BLOCK_N * BLOCK_N")
+        if found.begin:
+            self.loop("start in tl.range(begin, tl.minimum(open_begin, end), BLOCK_N)", self.limits.conditions)
+        self.loop("start in tl.range(open_begin, open_end, BLOCK_N)", ())
+        if found.conditions:
+            begin = "tl.maximum(open_begin, open_end)"
+            self.loop(f"start in tl.range({begin}, end, BLOCK_N)", self.limits.conditions)
+
+    def listed_loops(self) -> None:
+        """Over the blocks that `blocks.py` found: those seen in part from the front of the list, whole ones from its
+        end, behind two counts."""
+        depends = self.scores.depends
+        blocks = -(-int(self.op.kv_len) // self.plan.block_n)
+        number = "head" if "head" in depends else "0"
+        if "batch" in depends:
+            number = f"(batch * {size_text(amount(self.op.heads)) if 'head' in depends else 1} + {number})"
+        self.emit(f"blocks += ({number} * tl.num_programs(1) + block) * {blocks + 2}")
+        part, whole = "tl.load(blocks + 2 + i)", f"tl.load(blocks + {blocks + 1} - i)"
+        self.loop("i in tl.range(0, tl.load(blocks))", self.limits.conditions, f"start = {part} * BLOCK_N")
+        self.loop("i in tl.range(0, tl.load(blocks + 1))", None, f"start = {whole} * BLOCK_N")
+
+    def loop(self, over: str, conditions: tuple[str, ...] | None, *first: str) -> None:
+        self.emit(f"for {over}:")
+        self.level += 1
+        self.emit(*first)
+        self.step(conditions)
+        self.level -= 1
+
+    def keys_tile(self, name: str, i: int, first: int, size: int, width: int, checked: bool) -> str:
+        stride = getattr(self.strides, name)
+        if self.plan.descriptors:
+            return f"{name}.load([batch.to(tl.int32), kv_head.to(tl.int32), start, {first}]).reshape([BLOCK_N, {size}])"
+        d = f"{'qd' if name == 'k' else 'vd'}{i}[None, :]"
+        kv_len = amount(self.op.kv_len)
+        mask = self.inside("start + columns[:, None]", kv_len, self.even_keys or not checked, first, size, width, d)
+        row = _wide("start + columns[:, None]", kv_len, stride[2])
+        place = f"{name} + {row} * {size_text(stride[2])} + {d} * {size_text(stride[3])}"
+        return f"tl.load({place}{mask})"
+
+    def step(self, conditions: tuple[str, ...] | None) -> None:
+        """One block of keys, of which those are seen for which `conditions` and the modification hold; None: all."""
+        op, checked = self.op, bool(conditions)
+        precision = f', input_precision="{self.precision}"'
+        for i, (first, size) in enumerate(self.qk):
+            self.emit(f"k{i} = {self.keys_tile('k', i, first, size, op.head_dim, checked)}")
+            self.emit(f"s = tl.dot(q{i}, k{i}.T{', s' if i else ''}{precision})")
+        lines, factor = self.scores.modified(conditions)
+        self.emit(*lines)
+        scaled = "" if factor == 1.0 else f" * {factor!r}"
+        self.emit(
+            f"m_new = tl.maximum(m, tl.max(s, 1){scaled})",
+            f"p = tl.exp2(s{scaled} - m_new[:, None])",
+            "alpha = tl.exp2(m - m_new)",
+            "l = l * alpha + tl.sum(p, 1)",
+            "m = m_new",
+        )
+        for i, (first, size) in enumerate(self.pv):
+            self.emit(f"acc{i} = acc{i} * alpha[:, None]")
+            self.emit(f"v{i} = {self.keys_tile('v', i, first, size, op.v_dim, checked)}")
+            self.emit(f"acc{i} = tl.dot(p.to(v{i}.dtype), v{i}, acc{i}{precision})")
+
+    def finish(self) -> None:
+        op, out = self.op, self.strides.out
+        empty = op.modification.empty_rows if op.modification is not None else op.mask.empty_rows
+        if empty == "zero":
+            self.emit("l = tl.where(l == 0.0, 1.0, l)")
+        self.emit(f"out += batch * {size_text(out[0])} + head * {size_text(out[1])}")
+        for i, (first, size) in enumerate(self.pv):
+            mask = self.inside("rows", amount(op.q_len), self.even_rows, first, size, op.v_dim, f"vd{i}[None, :]")
+            row = _wide("rows", amount(op.q_len), out[2])
+            place = f"out + {row} * {size_text(out[2])} + vd{i}[None, :] * {size_text(out[3])}"
+            mask = mask.removesuffix(", other=0.0")
+            self.emit(f"tl.store({place}, (acc{i} / l[:, None]).to(out.dtype.element_ty){mask})")
+
+
+def _wide(index: str, length: Amount, stride: Amount) -> str:
+    """An index in 64 bits where its product with the stride may need them."""
+    narrow = isinstance(length, int) and isinstance(stride, int) and length * stride < 2**31
+    return f"({index})" if narrow else f"({index}).to(tl.int64)"
+
+
+def _nested(function: str, values: Iterable[str]) -> str:
+    """function(a, function(b, c)) of two and more values, or the one there is."""
+    first, *rest = values
+    return f"{function}({first}, {_nested(function, rest)})" if rest else first

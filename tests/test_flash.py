@@ -1,0 +1,229 @@
+"""The generated flash kernel: numbers in Triton's interpreter against float64, and what the compiler makes of it.
+
+bfloat16 dots are wrong in the interpreter, so numbers are checked in float16 and float32; bfloat16 is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusion_compiler.attention.recognise import find_attention
+from fusion_compiler.candidates import Candidate, Unavailable
+from fusion_compiler.fused import Attention
+from fusion_compiler.layout import fit
+from fusion_compiler.lowering.triton_codegen import flash
+from fusion_compiler.lowering.triton_codegen.flash.emit import emit
+from fusion_compiler.lowering.triton_codegen.flash.plan import Plan, pieces
+from fusion_compiler.machine import machine
+from fusion_compiler.match import Match
+from fusion_compiler.splice import Builder, clean, replace
+
+Function = Callable[..., Any]
+SMALL = Plan(32, 16, 4, 2)  # several blocks of each kind in a short sequence
+
+
+def traced(fn: Function, *args: Tensor, dynamic: bool = False) -> GraphModule:
+    mode = "symbolic" if dynamic else "fake"
+    with torch.no_grad():
+        gm = make_fx(fn, tracing_mode=mode, decomposition_table=select_decomp_table())(*args)
+    gm.graph.eliminate_dead_code()
+    return gm
+
+
+def only(gm: GraphModule) -> Match:
+    matches, near_misses = find_attention(gm)
+    assert len(matches) == 1, [n.reason for n in near_misses]
+    return matches[0]
+
+
+def generated(fn: Function, *args: Tensor, plan: Plan = SMALL, dynamic: bool = False) -> tuple[GraphModule, Attention]:
+    """`fn` with its attention in a generated kernel."""
+    gm = traced(fn, *args, dynamic=dynamic)
+    match = only(gm)
+    assert isinstance(match.op, Attention)
+    found = flash.candidates(match.op, machine("h200"))
+    assert isinstance(found, list), found
+    builder = Builder(gm, match.site.output)
+    replace(match.site, fit(builder, match.site, emit(match.op, plan, builder, match.site)))
+    clean(gm)
+    left = " ".join(str(n.target) for n in gm.graph.nodes)
+    assert "softmax" not in left and "exp.default" not in left and "bmm" not in left
+    return gm, match.op
+
+
+def check(fn: Function, *args: Tensor, plan: Plan = SMALL, dynamic: bool = False) -> Attention:
+    """The error against float64 is at most 1.5 times eager's; returns the op."""
+    gm, op = generated(fn, *args, plan=plan, dynamic=dynamic)
+    exact = fn(*(a.double() if a.is_floating_point() else a for a in args))
+    ours, eager = gm(*args), fn(*args)
+    assert ours.shape == eager.shape and ours.dtype == eager.dtype
+    assert torch.equal(ours.isnan(), eager.isnan())
+    error, own = ((t.double() - exact).nan_to_num().norm() for t in (ours, eager))
+    assert error <= 1.5 * own + 2e-7 * exact.nan_to_num().norm(), (float(error), float(own))
+    return op
+
+
+def heads(
+    b: int, h: int, hk: int, lq: int, lk: int, d: int, dv: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    shapes = ((h, lq, d), (hk, lk, d), (hk, lk, dv or d))
+    return tuple(torch.randn(b, *shape, dtype=dtype) for shape in shapes)
+
+
+def attention(visible: Function | None = None, softcap: float | None = None, scale: float = 0.25) -> Function:
+    """Eager attention with grouped heads, and a mask that is a function of query and key."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).reshape(t.shape[0], -1, *t.shape[2:]) for t in (k, v))
+        s = q @ k.transpose(-1, -2) * scale
+        if softcap is not None:
+            s = torch.tanh(s / softcap) * softcap
+        if visible is not None:
+            rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+            s = s.masked_fill(~visible(rows, keys, *more), -math.inf)
+        return (s.softmax(-1) @ v).transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+    return fn
+
+
+def causal(q: Tensor, k: Tensor) -> Tensor:
+    return k <= q
+
+
+def window(q: Tensor, k: Tensor) -> Tensor:
+    return (k <= q) & (k > q - 20)
+
+
+def chunked(q: Tensor, k: Tensor) -> Tensor:
+    return (k <= q) & (k // 24 == q // 24)
+
+
+MASKS: dict[str, tuple[Function | None, str]] = {
+    "none": (None, "none"),
+    "causal": (causal, "causal"),
+    "from a cache": (lambda q, k: k <= q + 13, "causal"),
+    "window": (window, "causal"),
+    "window of one": (lambda q, k: (k <= q) & (k > q - 1), "causal"),
+    "chunked": (chunked, "causal"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_numbers(mask: str, dtype: torch.dtype) -> None:
+    visible, kind = MASKS[mask]
+    op = check(attention(visible), *heads(2, 2, 1, 52, 70, 16, dtype=dtype))
+    assert op.mask.kind == kind
+
+
+@pytest.mark.parametrize("lengths", [(64, 64), (33, 64), (64, 33), (16, 16), (17, 3)], ids=str)
+def test_lengths(lengths: tuple[int, int]) -> None:
+    check(attention(causal), *heads(1, 2, 2, *lengths, 16))
+
+
+@pytest.mark.parametrize("widths", [(32, 32), (80, 80), (24, 40), (96, 64), (8, 8)], ids=str)
+def test_widths(widths: tuple[int, int]) -> None:
+    check(attention(causal), *heads(1, 2, 1, 40, 40, *widths))
+
+
+@pytest.mark.parametrize("mask", [None, window])
+def test_softcap(mask: Function | None) -> None:
+    op = check(attention(mask, softcap=2.0, scale=1.0), *heads(1, 2, 2, 40, 40, 16))
+    assert op.softcap == pytest.approx(2.0)
+
+
+def test_a_cap_that_every_score_reaches() -> None:
+    q, k, v = heads(1, 2, 2, 20, 20, 16)
+    check(attention(softcap=1.0, scale=1e4), q, k, v)
+
+
+def test_a_negative_scale() -> None:
+    check(attention(causal, scale=-0.5), *heads(1, 2, 2, 40, 40, 16))
+
+
+def test_rows_that_see_no_key_are_as_in_eager() -> None:
+    check(attention(lambda q, k: k < q), *heads(1, 2, 2, 40, 40, 16))
+    check(attention(lambda q, k: k <= q - 20), *heads(1, 2, 2, 40, 40, 16))
+
+
+def test_large_scores() -> None:
+    check(attention(causal, scale=300.0), *heads(1, 2, 2, 40, 40, 16))
+
+
+def test_padding_by_length() -> None:
+    def visible(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+        return (k < lengths[:, None, None, None]) & (k <= q)
+
+    op = check(attention(visible), *heads(3, 2, 2, 40, 40, 16), torch.tensor([40, 17, 1]))
+    assert op.mask.padding == 0
+
+
+def test_a_position_on_the_device() -> None:
+    def visible(q: Tensor, k: Tensor, position: Tensor) -> Tensor:
+        return k <= q + position
+
+    op = check(attention(visible), *heads(1, 2, 2, 20, 70, 16), torch.tensor(29))
+    assert op.mask.position
+
+
+def test_operands_and_result_where_they_lie() -> None:
+    """Heads inside the rows, and the result as the output projection reads it, without a copy."""
+
+    def fn(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(2, 40, 3, 4, 16).unbind(2)
+        return attention(causal)(*(t.transpose(1, 2) for t in (q, k, v)))
+
+    gm, _ = generated(fn, torch.randn(2, 40, 192))
+    assert not any("clone" in str(n.target) for n in gm.graph.nodes)
+    check(fn, torch.randn(2, 40, 192))
+
+
+def test_sizes_known_at_run_time_only() -> None:
+    def fn(x: Tensor) -> Tensor:
+        q, k, v = x.view(x.shape[0], x.shape[1], 8, 16).transpose(1, 2).split([4, 2, 2], 1)
+        return attention(window)(q, k, v)
+
+    gm, _ = generated(fn, torch.randn(3, 40, 128), dynamic=True)
+    for batch, length in ((3, 40), (2, 71)):
+        x = torch.randn(batch, length, 128)
+        torch.testing.assert_close(gm(x), fn(x))
+
+
+# ---- what is offered ----------------------------------------------------------------------------
+def offered(fn: Function, *args: Tensor, on: str = "h200") -> list[Candidate] | Unavailable:
+    match = only(traced(fn, *args))
+    assert isinstance(match.op, Attention)
+    return flash.candidates(match.op, machine(on))
+
+
+@pytest.mark.parametrize(
+    ("on", "shape", "why"),
+    [
+        ("cpu", (1, 2, 2, 32, 32, 16), "for GPUs"),
+        ("v100", (1, 2, 2, 32, 32, 16), "no matrix instructions"),
+        ("h200", (1, 2, 2, 32, 32, 272), "exceeds 256"),
+        ("h200", (1, 2, 2, 2, 32, 16), "2 queries"),
+    ],
+)
+def test_refusals(on: str, shape: tuple[int, ...], why: str) -> None:
+    found = offered(attention(), *heads(*shape), on=on)
+    assert isinstance(found, Unavailable) and why in found.reason
+
+
+def test_pieces_of_a_width() -> None:
+    widths = {8: [16], 16: [16], 24: [16, 16], 64: [64], 80: [64, 16], 96: [64, 32], 192: [128, 64], 256: [256]}
+    assert {w: [size for _, size in pieces(w)] for w in widths} == {**widths, 24: [32]}
+    for width in range(8, 257, 8):
+        ends = [first + size for first, size in pieces(width)]
+        assert width <= ends[-1] < 2 * max(width, 9)

@@ -1,0 +1,152 @@
+"""Modified scores in the generated flash kernel: biases, ALiBi, documents, prefixes, unknown masks; lists of blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_flash import SMALL, check, generated, heads, only, traced
+from torch import Tensor
+
+from fusion_compiler.attention.modifications import says_more
+from fusion_compiler.fused import Attention
+
+LISTED = dataclasses.replace(SMALL, listed=True)
+LENGTH = 52
+
+
+def positions(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])[None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | float = 0.0, seen: Tensor | None = None) -> Tensor:
+    scores = q @ k.mT * 0.25 + added
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    return torch.softmax(scores, -1).to(v.dtype) @ v
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    rows, keys = positions(q, k)
+    return attend(q, k, v, slopes[:, None, None] * (keys - rows))
+
+
+def causal_alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    rows, keys = positions(q, k)
+    return attend(q, k, v, slopes[:, None, None] * (keys - rows), keys <= rows)
+
+
+def distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows, keys = positions(q, k)
+    return attend(q, k, v, -0.1 * (keys - rows).abs())
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attend(q, k, v, bias)
+
+
+def biased_and_causal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    rows, keys = positions(q, k)
+    return attend(q, k, v, bias + torch.where(keys <= rows, 0.0, torch.finfo(torch.float32).min))
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    rows, keys = positions(q, k)
+    return attend(q, k, v, seen=(ids[:, None, :, None] == ids[:, None, None, :]) & (keys <= rows))
+
+
+def prefix(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    rows, keys = positions(q, k)
+    return attend(q, k, v, seen=(keys <= rows) | (keys < lengths[:, None, None, None]))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return attend(q, k, v, seen=seen)
+
+
+def averaged(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT * 0.25).masked_fill(~seen, -1e9), -1) @ v
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 5, (2, LENGTH)).sort()[0]
+
+
+def bias(*shape: int) -> Tensor:
+    return torch.randn(*shape, LENGTH, LENGTH)
+
+
+def unknown(*shape: int) -> Tensor:
+    """A mask with whole blocks of either kind, and a row that sees nothing."""
+    seen = torch.rand(*shape, LENGTH, LENGTH) < 0.5
+    seen[..., :32, 16:32], seen[..., 32:, :16], seen[..., 4, :] = True, False, False
+    return seen
+
+
+# function, its further operands, what is proved beside the modification, and whether lists of blocks are of use
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]], str, bool]] = {
+    "alibi": (alibi, lambda: (torch.rand(4),), "none", False),
+    "causal alibi": (causal_alibi, lambda: (torch.rand(4),), "causal", False),
+    "distance": (distance, lambda: (), "none", False),
+    "bias per head": (biased, lambda: (bias(4),), "none", False),
+    "bias per batch": (biased, lambda: (bias(2, 1),), "none", False),
+    "bias and mask in one": (biased_and_causal, lambda: (bias(1, 4),), "causal", False),
+    "documents": (documents, lambda: (ids(),), "causal", True),
+    "prefix": (prefix, lambda: (torch.tensor([3, 20]),), "none", True),
+    "unknown": (masked, lambda: (unknown(),), "none", True),
+    "unknown per batch and head": (masked, lambda: (unknown(2, 4),), "none", True),
+    "unknown per head": (masked, lambda: (unknown(4),), "none", True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", CASES)
+def test_numbers(name: str, dtype: torch.dtype) -> None:
+    function, more, kind, listed = CASES[name]
+    args = (*heads(2, 4, 4, LENGTH, LENGTH, 16, dtype=dtype), *more())
+    op = check(function, *args, plan=LISTED if listed else SMALL)
+    assert op.modification is not None and op.modification.mask.kind == kind
+
+
+@pytest.mark.parametrize("name", ["documents", "unknown per head"])
+def test_without_lists(name: str) -> None:
+    function, more, _, _ = CASES[name]
+    check(function, *heads(2, 4, 4, LENGTH, LENGTH, 16), *more())
+
+
+def test_a_finite_fill_averages_rows_that_see_nothing() -> None:
+    args = heads(2, 4, 4, LENGTH, LENGTH, 16)
+    op = check(averaged, *args, unknown(2, 1))
+    assert op.modification is not None and op.modification.finite
+    # as what is added, from a tensor that nothing is known of
+    seen = unknown(2, 1)
+    check(biased, *args, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min))
+    check(biased, *args, torch.zeros(seen.shape).masked_fill(~seen, -math.inf))
+
+
+def test_grouped_heads_are_numbered_as_the_bias_numbers_them() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        return alibi(q, k, v, slopes)
+
+    check(fn, *heads(2, 4, 2, 40, 40, 16), torch.rand(4))
+
+
+def test_nothing_of_queries_times_keys_is_left() -> None:
+    gm, _ = generated(causal_alibi, *heads(1, 4, 4, LENGTH, LENGTH, 16), torch.rand(4))
+    shapes = [n.meta["val"].shape for n in gm.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    assert not any(shape[-2:] == (LENGTH, LENGTH) for shape in shapes)
+
+
+def test_a_fused_call_is_replaced_where_more_is_known_than_its_mask() -> None:
+    def known(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        rows, keys = positions(q, k)
+        seen = (ids[:, None, :, None] == ids[:, None, None, :]) & (keys <= rows)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+
+    gm = traced(known, *heads(2, 4, 4, LENGTH, LENGTH, 16), ids())
+    op = only(gm).op
+    assert isinstance(op, Attention) and op.vendor and says_more(op)
