@@ -92,7 +92,7 @@ def _printable(term: Term, indexer: Indexer, extents: Extents) -> object:
 
 
 def _is_tile(load: sympy.Expr, extents: Extents) -> bool:
-    return {extents.query, extents.key} <= load.free_symbols
+    return bool({extents.query, extents.key} <= load.free_symbols)
 
 
 def _visible(value: object, factor: float) -> tuple[Boolean, float | None]:

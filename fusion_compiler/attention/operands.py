@@ -14,11 +14,24 @@ from ..splice import Builder
 aten = torch.ops.aten
 
 
+def named(op: Attention, site: Site) -> dict[str, Node]:
+    """The site's operands as `Attention` documents them; those of its modification behind "modification."."""
+    names = [
+        *("q", "k", "v"),
+        *(["mask"] if op.mask.tensor != "none" else []),
+        *(["position"] if op.mask.position else []),
+        *(["lengths"] if op.mask.padding is not None else []),
+        *([f"modification.{name}" for name in op.modification.reads] if op.modification is not None else []),
+        *(["scale"] if op.scale_operand else []),
+    ]
+    return dict(zip(names, site.operands, strict=True))
+
+
 def scaled_queries(op: Attention, builder: Builder, site: Site, q: Node) -> Node:
     """The queries with what scales the scores, where that is a tensor."""
     if not op.scale_operand:
         return q
-    return builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, site.operands[-1])
+    return builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, named(op, site)["scale"])
 
 
 def rows_in_one_piece(builder: Builder, node: Node) -> Node:
@@ -33,7 +46,7 @@ def added_mask(op: Attention, builder: Builder, site: Site) -> Node:
 
     Where rows that see nothing average, the least number hides and not −∞: such rows stay equal, as in eager.
     """
-    node = arranged(builder, site.operands[3], op.layouts[3])
+    node = arranged(builder, named(op, site)["mask"], op.layouts[3])
     if op.mask.tensor == "additive":
         return node
     hides = torch.finfo(op.dtype).min if op.mask.empty_rows == "mean" else float("-inf")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
+from ....attention.operands import named
 from ....candidates import Candidate, Unavailable
 from ....cost.amounts import amount
 from ....fused import Attention, Layout, Site
@@ -124,7 +125,7 @@ def prepared(
 
     The mask tensor is read only where nothing better is known of it; otherwise the position alone keeps its nodes.
     """
-    nodes = dict(zip(_names(op), site.operands, strict=True))
+    nodes = named(op, site)
     layouts = dict(zip(("q", "k", "v", "mask"), op.layouts, strict=False))
     if op.mask.kind != "tensor":
         nodes.pop("mask", None)
@@ -147,17 +148,6 @@ def prepared(
         nodes["arrivals"] = builder.zeros(tiles, torch.int32, device)
     source = write(op, plan, operands, float32_precision())
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
-
-
-def _names(op: Attention) -> list[str]:
-    """The site's operands, as `Attention` documents them."""
-    return [
-        *("q", "k", "v"),
-        *(["mask"] if op.mask.tensor != "none" else []),
-        *(["position"] if op.mask.position else []),
-        *(["lengths"] if op.mask.padding is not None else []),
-        *(["scale"] if op.scale_operand else []),
-    ]
 
 
 def _dtype(nodes: dict[str, Node], name: str) -> torch.dtype | None:

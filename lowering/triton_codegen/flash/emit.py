@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from ....attention.operands import arranged, rows_in_one_piece, scaled_queries
+from ....attention.operands import arranged, named, rows_in_one_piece, scaled_queries
 from ....candidates import Amount
 from ....cost.amounts import amount
 from ....fused import Attention, Site
@@ -47,21 +47,20 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
 def _reads(op: Attention, builder: Builder, site: Site) -> tuple[dict[str, Node], Amount, dict[str, Read]]:
     """What the kernel reads beside q, k and v by the names of its arguments, the stride of the lengths, and how the
     functions of the modification are read."""
-    at = 3 + (op.mask.tensor != "none")
-    if op.modification is None:
-        names = ["position"] * op.mask.position + ["lengths"] * (op.mask.padding is not None)
-    else:
-        at += op.mask.position + (op.mask.padding is not None)
-        names = list(op.modification.reads)
-    nodes = dict(zip(names, site.operands[at:], strict=False))
-    found: dict[str, Node] = {name: nodes.pop(name) for name in ("position", "lengths") if name in nodes}
+    nodes = named(op, site)
+    if op.modification is not None:
+        nodes = {name: nodes[f"modification.{name}"] for name in op.modification.reads}
+    found: dict[str, Node] = {name: nodes[name] for name in ("position", "lengths") if name in nodes}
     lengths_stride: Amount = 0
     if "lengths" in found:
         found["lengths"] = builder.reshape(found["lengths"], [-1])
         value = found["lengths"].meta["val"]
         lengths_stride = 0 if value.shape[0] == 1 else amount(value.stride(0))
     read = {}
-    for i, (name, node) in enumerate(nodes.items()):
+    made = op.modification
+    others = [n for n in made.reads if n not in found] if made is not None else []
+    for i, name in enumerate(others):
+        node = nodes[name]
         value = node.meta["val"]
         read[name] = Read(f"read{i}", _strides(value), value.dtype)
         found[f"read{i}"] = node
