@@ -73,18 +73,15 @@ CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    case: Case
-    m: int
+    op: MatmulFamily
     plan: Plan
 
     def source(self) -> KernelSource:
-        op = self.case.op(self.m)
-        return write(op, self.plan, facts(op, self.plan))
+        return write(self.op, self.plan, facts(self.op, self.plan))
 
     def predicted(self) -> float:
         """Microseconds, as the cost model has them."""
-        op = self.case.op(self.m)
-        return float(predict.seconds(op, self.plan, MACHINE, bytes_moved(op), self.m)) * 1e6
+        return float(predict.seconds(self.op, self.plan, MACHINE, bytes_moved(self.op), int(self.op.m))) * 1e6
 
 
 def compiled(variant: Variant) -> tuple[dict[str, int], str]:
@@ -92,8 +89,7 @@ def compiled(variant: Variant) -> tuple[dict[str, int], str]:
     from triton.backends.compiler import GPUTarget
 
     try:
-        op = variant.case.op(variant.m)
-        kernel = compile_kernel(op, variant.plan, variant.source(), GPUTarget("cuda", 90, 32))
+        kernel = compile_kernel(variant.op, variant.plan, variant.source(), GPUTarget("cuda", 90, 32))
         return dataclasses.asdict(resources(kernel)), ""
     except Exception as error:  # a plan the compiler refuses is a result of the sweep
         return {}, f"{variant.plan.label}: {type(error).__name__}: {error}"[:200]
@@ -169,17 +165,31 @@ def calls_of(operands: Operands, call: Callable[[list[torch.Tensor]], object]) -
     return [(lambda w=w: call(w)) for _ in range(rounds) for w in operands.weights]
 
 
+def launcher(op: MatmulFamily, plan: Plan, source: KernelSource) -> Callable[..., None]:
+    """A function that launches the kernel on tensors given by name; what the kernel does not take is left out."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    kernel = load_kernel(source.text, source.name)[(plan.programs(int(op.m), int(op.n)),)]
+    constants, blocks = constexprs(op, plan), dict(source.blocks)
+
+    def launch(**tensors: torch.Tensor) -> None:
+        described = {
+            name: TensorDescriptor.from_tensor(tensors[name], list(blocks[name])) if name in blocks else tensors[name]
+            for name in source.tensors
+        }
+        kernel(**described, **constants, num_warps=plan.num_warps, num_stages=plan.num_stages)
+
+    return launch
+
+
 def measure(variant: Variant, operands: Operands, reference: torch.Tensor, replays: int) -> dict[str, Any]:
-    op, plan, source = variant.case.op(variant.m), variant.plan, variant.source()
-    kernel = load_kernel(source.text, source.name)
-    out = torch.full((variant.m, op.n), float("nan"), device="cuda", dtype=op.out_dtype)
-    fixed = {"x": operands.x, "norm_weight": operands.norm_weight, "norm_bias": operands.norm_bias, "out": out}
-    grid = (math.ceil(op.n / plan.block_n),)
-    constants = constexprs(op, plan)
+    op = variant.op
+    out = torch.full((op.m, op.n), float("nan"), device="cuda", dtype=op.out_dtype)
+    fixed = {"x": operands.x[: op.m], "norm_weight": operands.norm_weight, "norm_bias": operands.norm_bias}
+    run = launcher(op, variant.plan, variant.source())
 
     def launch(weights: list[torch.Tensor]) -> None:
-        tensors = {name: fixed[name] if name in fixed else weights[int(name[1:])] for name in source.tensors}
-        kernel[grid](**tensors, **constants, num_warps=plan.num_warps, num_stages=plan.num_stages)
+        run(**fixed, out=out, **{f"w{i}": weight for i, weight in enumerate(weights)})
 
     launch(operands.weights[0])
     return {"error": error(out, reference), "us": microseconds(calls_of(operands, launch), replays)}
@@ -215,7 +225,7 @@ def main() -> None:
         for m in case.rows
         if (not args.cases or case.name in args.cases.split(",")) and (not rows or m in rows)
     ]
-    variants = {(c, m): [Variant(c, m, plan) for plan in predict.plans(c.op(m), MACHINE, m)] for c, m in points}
+    variants = {(c, m): [Variant(c.op(m), plan) for plan in predict.plans(c.op(m), MACHINE, m)] for c, m in points}
     everything = [v for group in variants.values() for v in group]
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 Dim = int | torch.SymInt | Node
+DESCRIPTOR_STEP = 16  # bytes
 PROVENANCE = (
     "stack_trace", "nn_module_stack", "source_fn_stack", "fwd_nn_module_stack", "fwd_source_fn_stack", "original_aten",
     "from_node", "seq_nr", "custom", "partitioner_tag", "autograd_backward", "torch_fn",
@@ -139,6 +140,16 @@ class Builder:
             return node
         return self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
+    def described(self, node: Node, shape: Sequence[Dim]) -> Node:
+        """`node` with `shape`, as a descriptor of it demands: unit stride along its last axis, all else in steps of 16
+        bytes. A view where its strides allow, else a copy."""
+        node = self.reshape(node, shape)
+        value = node.meta["val"]
+        *strides, last = value.stride()
+        steps = [s * value.element_size() for s in (*strides, value.storage_offset())]
+        fits = statically_known_true(last == 1) and all(statically_known_true(s % DESCRIPTOR_STEP == 0) for s in steps)
+        return node if fits else self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
     def triton(
         self,
         kernel: Any,
@@ -148,11 +159,13 @@ class Builder:
         *,
         num_warps: int = 4,
         num_stages: int = 3,
+        blocks: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Node]:
         """Launches a `triton.jit` kernel; returns the tensors it wrote, by argument name.
 
         `arguments` gives every argument of the kernel by name: nodes, numbers, symbolic sizes, dtypes; those the kernel
         declares `tl.constexpr` must be constants. `outputs` names the tensors written, usually fresh `empty` nodes.
+        Those in `blocks` are passed as descriptors, to be loaded from in blocks of the given shape: see `described`.
         """
         names = list(kernel.arg_names)
         if set(names) != set(arguments):
@@ -168,7 +181,12 @@ class Builder:
         launch = self.call(
             kernel_nodes.KERNEL_NODE,
             **kernel_nodes.kernel_node_arguments(
-                kernel_nodes.configured(kernel, num_warps, num_stages), entries, in_graph, constants, list(outputs)
+                kernel_nodes.configured(kernel, num_warps, num_stages),
+                entries,
+                in_graph,
+                constants,
+                list(outputs),
+                blocks,
             ),
         )
         return {name: self.call(operator.getitem, launch, name) for name in outputs}

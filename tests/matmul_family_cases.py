@@ -10,6 +10,10 @@ import torch.nn.functional as F
 
 from fusion_compiler.algebra import Algebra, Value
 from fusion_compiler.fused import Extra, MatmulFamily, RowNorm
+from fusion_compiler.lowering.triton_codegen.aot import constexprs
+from fusion_compiler.lowering.triton_codegen.plans import Plan
+from fusion_compiler.lowering.triton_codegen.source import facts, write
+from fusion_compiler.splice import load_kernel
 
 A = Algebra()
 Products = list[torch.Tensor]
@@ -105,3 +109,29 @@ class Operands:
             x = x * (norm[0] + rule.offset) if norm else x
         products = [x @ (w if self.op.weight_is_kn else w.T).to(dtype) for w in self.weights]
         return epilogue.eager(products, [e.to(dtype) for e in self.extras]).to(dtype)
+
+
+def run(operands: Operands, plan: Plan, *, runtime_m: bool = False) -> torch.Tensor:
+    """The generated kernel in Triton's interpreter."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    op = operands.op
+    known = facts(op, plan)
+    source = write(op, plan, dataclasses.replace(known, m=None) if runtime_m else known)
+    out = torch.full((int(op.m), int(op.n)), float("nan"), dtype=op.out_dtype)
+    arguments: dict[str, object] = dict(zip(source.tensors, (*operands.flat(), out), strict=True))
+    arguments |= {name: TensorDescriptor.from_tensor(arguments[name], list(block)) for name, block in source.blocks}
+    if runtime_m:
+        arguments["M"] = op.m
+    grid = (plan.programs(int(op.m), int(op.n)),)
+    load_kernel(source.text, source.name)[grid](
+        **arguments, **constexprs(op, plan, w_stride=operands.weights[0].stride(0))
+    )
+    return out
+
+
+def assert_as_good_as_eager(out: torch.Tensor, operands: Operands, epilogue: Epilogue) -> None:
+    reference = operands.eager(epilogue, torch.float64)
+    eager = operands.eager(epilogue, operands.op.dtype)
+    ours, own = ((t.double() - reference).norm() / reference.norm() for t in (out, eager))
+    assert ours <= 1.5 * own, f"error {ours:.2e}, eager's own {own:.2e}"

@@ -69,7 +69,7 @@ def test_gated_mlp_on_an_h200(m: int, verdict: str) -> None:
     decision = decided("gated_mlp", with_norm, *(torch.empty(s, dtype=BF16, device="meta") for s in shapes), on=H200)
     assert decision.verdict == verdict
     if verdict == "kept":
-        assert decision.reason.startswith("compute-bound: ") and "balances at 184" in decision.reason
+        assert "triton_tile is predicted at" in decision.reason and "Inductor at" in decision.reason
 
 
 # ---- the rules ----------------------------------------------------------------------------------

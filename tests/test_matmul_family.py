@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -31,14 +30,15 @@ from matmul_family_cases import (
     A,
     Epilogue,
     Operands,
+    assert_as_good_as_eager,
     extra,
     family,
+    run,
 )  # fmt: skip
 
 from fusion_compiler.candidates import Candidate, Unavailable
 from fusion_compiler.fused import MatmulFamily, RowNorm, Site
-from fusion_compiler.lowering.triton_codegen import lowering, matmul, predict
-from fusion_compiler.lowering.triton_codegen.aot import constexprs
+from fusion_compiler.lowering.triton_codegen import footprint, lowering, matmul
 from fusion_compiler.lowering.triton_codegen.plans import Plan
 from fusion_compiler.lowering.triton_codegen.pointwise import print_pointwise, unsupported
 from fusion_compiler.lowering.triton_codegen.source import facts, write
@@ -53,28 +53,6 @@ PLANS = {
     "swap": Plan("swap", 16, 16, 64, 4, 3),
     "swap, Gram": Plan("swap", 8, 32, 64, 4, 3, gram=True),
 }
-
-
-def run(operands: Operands, plan: Plan, *, runtime_m: bool = False) -> torch.Tensor:
-    op = operands.op
-    known = facts(op, plan)
-    source = write(op, plan, dataclasses.replace(known, m=None) if runtime_m else known)
-    out = torch.full((int(op.m), int(op.n)), float("nan"), dtype=op.out_dtype)
-    arguments = dict(zip(source.tensors, (*operands.flat(), out), strict=True))
-    if runtime_m:
-        arguments["M"] = op.m  # type: ignore[assignment]
-    grid = (math.ceil(int(op.n) / plan.block_n),)
-    load_kernel(source.text, source.name)[grid](
-        **arguments, **constexprs(op, plan, w_stride=operands.weights[0].stride(0))
-    )
-    return out
-
-
-def assert_as_good_as_eager(out: torch.Tensor, operands: Operands, epilogue: Epilogue) -> None:
-    reference = operands.eager(epilogue, torch.float64)
-    eager = operands.eager(epilogue, operands.op.dtype)
-    ours, own = ((t.double() - reference).norm() / reference.norm() for t in (out, eager))
-    assert ours <= 1.5 * own, f"error {ours:.2e}, eager's own {own:.2e}"
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -216,7 +194,10 @@ def test_one_row_takes_multiply_adds_and_sixteen_the_matrix_units() -> None:
 @pytest.mark.parametrize(
     ("op", "machine", "reason"),
     [
-        (family(65, 512, 512, None, PLAIN, BRAIN), "h200", "M = 65"),
+        (family(65, 512, 512, None, PLAIN, BRAIN), "a100", "M = 65"),
+        (family(65, 512, 512, None, PLAIN, SINGLE), "h200", "float32"),
+        (family(65, 516, 512, None, PLAIN, BRAIN), "h200", "16 bytes"),
+        (family(65, 512, 512, LAYER, PLAIN, BRAIN), "h200", "a pass over x"),
         (family(1, 512, 512, None, PLAIN, torch.float64), "h200", "float64"),
         (family(16, 4, 128, RMS, PLAIN, BRAIN), "h200", "K = 4"),
         (family(1, 512, 512, None, PLAIN, BRAIN), "v100", "no bfloat16"),
@@ -320,6 +301,7 @@ def chosen_plans(machine: str) -> list[tuple[MatmulFamily, Plan]]:
         )
     ]
     families += [family(m, 2048, 2048, RMS, PLAIN, SINGLE) for m in (1, 4, 16)]
+    families += [family(256, 4096, 14336, norm, SWIGLU, BRAIN) for norm in (RMS, None)]
     return [(op, plan) for op in families for plan in matmul.best_plans(op, TABLE[machine], int(op.m))]
 
 
@@ -336,7 +318,7 @@ def compile_all(target: str) -> list[dict[str, object]]:
         used = resources(compile_kernel(op, plan, write(op, plan, facts(op, plan)), gpu))
         norm = op.norm.kind if op.norm else None
         label = f"{plan.label} {norm} M={op.m} {op.dtype}"
-        estimate = predict.shared_memory(op, plan)
+        estimate = footprint.shared_memory(op, plan)
         found.append({"label": label, "estimate": estimate, "half": op.dtype.itemsize == 2, **dataclasses.asdict(used)})
     return found
 

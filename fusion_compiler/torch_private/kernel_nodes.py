@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,9 +36,15 @@ def configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
 
 
 def kernel_node_arguments(
-    kernel: Any, grid: tuple[Any, ...], arguments: dict[str, Any], constants: dict[str, Any], outputs: list[str]
+    kernel: Any,
+    grid: tuple[Any, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    outputs: list[str],
+    blocks: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of a node that runs `kernel`: `arguments` may hold nodes, `constants` only Python values."""
+    """Keyword arguments of a node that runs `kernel`: `arguments` may hold nodes, `constants` only Python values. The
+    arguments that `blocks` names reach the kernel as host-made descriptors of tensors, read in blocks of that shape."""
     import triton.language as tl
 
     dtypes = {k: getattr(tl, str(v).split(".")[-1]) for k, v in constants.items() if isinstance(v, torch.dtype)}
@@ -45,7 +52,7 @@ def kernel_node_arguments(
         "kernel_idx": kernel_side_table.add_kernel(kernel),
         "constant_args_idx": kernel_side_table.add_constant_args({**constants, **dtypes}),
         "grid": [(*grid, 1, 1)[:3]],
-        "tma_descriptor_metadata": {},
+        "tma_descriptor_metadata": {name: ("stable", (list(block),)) for name, block in (blocks or {}).items()},
         "kwargs": arguments,
         "tensors_to_clone": outputs,
     }

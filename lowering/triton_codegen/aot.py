@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,24 +38,25 @@ def compile_kernel(op: MatmulFamily, plan: Plan, source: KernelSource, target: A
     tensors = {name: extras.get(name, op.dtype) for name in source.tensors}
     return compile_text(
         source.text, source.name, tensors, ["M"] if source.runtime_m else [], constexprs(op, plan), target,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        dict(source.blocks), num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
 
 
 def compile_text(
     text: str, name: str, tensors: Mapping[str, torch.dtype], sizes: Iterable[str], constants: Mapping[str, int],
-    target: Any, **options: int,
+    target: Any, blocks: Mapping[str, Sequence[int]] = MappingProxyType({}), **options: int,
 ) -> Any:  # fmt: skip
     """The kernel `name` of the module `text` compiled for `target` (a `GPUTarget`): its arguments are tensors, which
-    are 16-byte aligned, then `sizes` of any value, then constexprs."""
+    are 16-byte aligned, then `sizes` of any value, then constexprs. Tensors with `blocks` come as descriptors."""
     import triton
     from triton.compiler import ASTSource
 
     from ...splice import load_kernel
 
     signature = {tensor: f"*{_TRITON_TYPE[dtype]}" for tensor, dtype in tensors.items()}
+    signature |= {name: f"tensordesc<{_TRITON_TYPE[tensors[name]]}{list(block)}>" for name, block in blocks.items()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, tensor in enumerate(tensors) if tensor not in blocks}
     signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
     source = ASTSource(load_kernel(text, name), signature, dict(constants), attributes)
     return triton.compile(source, target=target, options=options)
 
@@ -62,15 +64,14 @@ def compile_text(
 def constexprs(
     op: MatmulFamily, plan: Plan, x_stride: int | None = None, w_stride: int | None = None
 ) -> dict[str, int]:
-    """The constexpr arguments of a kernel; the strides default to those of contiguous operands."""
-    return {
+    """The constexpr arguments of a kernel; the strides default to those of contiguous operands. A descriptor knows its
+    own strides."""
+    strides = {
         "x_stride": int(op.k) if x_stride is None else x_stride,
         "w_stride": int(op.n if op.weight_is_kn else op.k) if w_stride is None else w_stride,
-        "N": int(op.n),
-        "K": int(op.k),
-        "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
     }
+    sizes = {"N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
+    return sizes if plan.kind == "tile" else strides | sizes
 
 
 def resources(compiled: Any) -> Resources:

@@ -1,9 +1,10 @@
-"""Candidates for the matmul family: generated Triton kernels for few rows, emitted as nodes of the graph."""
+"""Candidates for the matmul family: generated Triton kernels, emitted as nodes of the graph."""
 
 from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -15,7 +16,7 @@ from ...cost.roofline import matmul_traffic
 from ...fused import MatmulFamily, Site
 from ...machine import Machine
 from ...splice import load_kernel
-from . import predict
+from . import footprint, predict, tiles
 from .aot import constexprs
 from .plans import Plan
 from .pointwise import unsupported
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from ...splice import Builder
 
-MOST_ROWS = 64  # beyond, a GEMM's own tiling pays and the vendor's library has the better one
-ROW_LIMITS = (1, 4, 16, 64)  # where M is symbolic: one kernel serves 1..limit rows
+ROW_LIMITS = (4, 16, 64)  # where M is symbolic: one kernel serves 1..limit rows
+TILED_ROWS = (128, 512, 4096)  # and the tiles that are best for so many serve any number
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,11 +38,16 @@ def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavaila
     if refusal is not None:
         return Unavailable(refusal)
     m = amount(op.m)
-    limits = [m] if isinstance(m, int) else [limit for limit in ROW_LIMITS if limit > 1]
-    found = [_candidate(op, machine, plan, limit) for limit in limits for plan in best_plans(op, machine, limit)]
+    planned: list[tuple[Plan, Any]]
+    if isinstance(m, int):
+        planned = [(plan, m) for plan in best_plans(op, machine, m)]
+    else:
+        planned = [(p, limit) for limit in ROW_LIMITS for p in best_plans(op, machine, limit) if p.kind != "tile"]
+        planned += [(p, m) for rows in TILED_ROWS for p in best_plans(op, machine, rows) if p.kind == "tile"]
+        planned = list(dict.fromkeys(planned))
+    found = [_candidate(op, machine, plan, rows) for plan, rows in planned]
     if not found:
-        most = amount(op.m) if isinstance(amount(op.m), int) else MOST_ROWS
-        return Unavailable(f"no plan for {most} rows of {op.dtype} fits {machine.name} ({machine.arch})")
+        return Unavailable(_no_plan(op, machine))
     few = dict.fromkeys(sympy.sympify(m).free_symbols, 2)
     return sorted(found, key=lambda c: float(sympy.sympify(c.seconds).subs(few)))
 
@@ -80,26 +86,32 @@ def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
     if not isinstance(amount(op.k), int) or not isinstance(amount(op.n), int):
         return "K and N are symbolic: mark only the rows of the input as dynamic"
-    m = amount(op.m)
-    if isinstance(m, int) and m > MOST_ROWS:
-        return f"M = {m}: the generated kernels hold at most {MOST_ROWS} rows; beyond, a tiled GEMM is the better plan"
     return unsupported(op.epilogue)
 
 
-def _candidate(op: MatmulFamily, machine: Machine, plan: Plan, limit: int) -> Candidate:
+def _no_plan(op: MatmulFamily, machine: Machine) -> str:
+    m = amount(op.m)
+    if isinstance(m, int) and m > predict.MOST_ROWS:
+        why = tiles.refusal(op, machine)
+        return f"M = {m}: beyond {predict.MOST_ROWS} rows kernels are tiled, and {why or 'no tile fits this machine'}"
+    return f"no plan for {m} rows of {op.dtype} fits {machine.name} ({machine.arch})"
+
+
+def _candidate(op: MatmulFamily, machine: Machine, plan: Plan, rows: Any) -> Candidate:
+    """`rows`: the most that the plan serves; of tiles, which serve any number, the number there is."""
     m = amount(op.m)
     symbolic = not isinstance(m, int)
     return Candidate(
         name=f"triton_{plan.kind}",
         kernel=f"triton {plan.label}",
         traffic=matmul_traffic(op),
-        seconds=predict.seconds(op, plan, machine, _moved(op) if symbolic else float(_moved(op)), limit),
+        seconds=predict.seconds(op, plan, machine, _moved(op) if symbolic else float(_moved(op)), rows),
         emit=functools.partial(emit, op, plan),
-        valid=sympy.Le(m, limit) if symbolic else True,
+        valid=sympy.Le(m, rows) if symbolic and plan.kind != "tile" else True,
         details=(
             ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k), ("num_warps", plan.num_warps),
-            ("num_stages", plan.num_stages), ("blocks", math.ceil(int(op.n) / plan.block_n)),
-            ("blocks_per_sm", predict.resident_blocks(op, plan, machine)),
+            ("num_stages", plan.num_stages), *([] if symbolic else [("blocks", plan.programs(int(op.m), int(op.n)))]),
+            ("blocks_per_sm", footprint.resident_blocks(op, plan, machine)),
         ),
     )  # fmt: skip
 
@@ -114,27 +126,57 @@ def emit(op: MatmulFamily, plan: Plan, builder: Builder, site: Site) -> Node:
     source = write(op, plan, facts(op, plan, float32_precision()))
     value = site.output.meta["val"]
     out = builder.empty(list(value.shape), op.out_dtype, value.device)
+    operands, strides = (_described if plan.kind == "tile" else _strided)(op, builder, site)
+    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, out], strict=True))
+    if source.runtime_m:
+        arguments["M"] = op.m
+    arguments |= constexprs(op, plan, *strides)
+    columns = math.ceil(int(op.n) / plan.block_n)
+    rows = builder.ceil_div(op.m, plan.rows) if plan.kind == "tile" else 1
+    blocks = rows * columns if isinstance(rows, int) else builder.call(operator.mul, rows, columns)
+    launched = builder.triton(
+        load_kernel(source.text, source.name), [blocks], arguments, ["out"],
+        num_warps=plan.num_warps, num_stages=plan.num_stages, blocks=dict(source.blocks),
+    )  # fmt: skip
+    return launched["out"]
+
+
+def _first_weight(op: MatmulFamily) -> int:
+    """The position of the first weight among a site's operands."""
+    return 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
+
+
+def _strided(op: MatmulFamily, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
+    """The operands as tensors, with the distances between rows of x and of the weights."""
     operands = list(site.operands)
     x_stride, operands[0] = _rows(builder, operands[0], int(op.k))
-    first = 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
-    strides = set()
-    for i in range(len(operands)):
+    first, strides = _first_weight(op), set()
+    for i in range(1, len(operands)):
         if first <= i < first + op.weights:
             # a packed weight is passed whole: the kernel itself starts at its features
             stride, operands[i] = _rows(builder, operands[i], int(operands[i].meta["val"].shape[-1]))
             strides.add(stride)
-        elif i > 0:
+        else:
             operands[i] = builder.contiguous(operands[i])
     if len(strides) > 1:
         raise ValueError(f"the weights of {site.output.name} have row strides {sorted(strides)}; one kernel needs one")
-    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, out], strict=True))
-    if source.runtime_m:
-        arguments["M"] = op.m
-    arguments |= constexprs(op, plan, x_stride, strides.pop())
-    kernel = load_kernel(source.text, source.name)
-    grid = [math.ceil(int(op.n) / plan.block_n)]
-    launched = builder.triton(kernel, grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages)
-    return launched["out"]
+    return operands, (x_stride, strides.pop())
+
+
+def _described(op: MatmulFamily, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
+    """The operands as descriptors and tensors."""
+    operands = list(site.operands)
+    operands[0] = builder.described(operands[0], (op.m, op.k))
+    first = _first_weight(op)
+    for i in range(1, len(operands)):
+        if i < first:
+            operands[i] = builder.described(operands[i], (op.k,))
+        elif i < first + op.weights:
+            *_, rows, columns = operands[i].meta["val"].shape
+            operands[i] = builder.described(operands[i], (rows, columns))
+        else:
+            operands[i] = builder.contiguous(operands[i])
+    return operands, ()
 
 
 def _rows(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:

@@ -1,17 +1,20 @@
 """How a kernel of the matmul family divides its work.
 
-Both kinds read every weight exactly once and need M <= rows: one program keeps all rows of x and BLOCK_N
-columns of the output, and walks along K.
+gemv and swap read every weight exactly once and need M <= rows: one program keeps all rows of x and BLOCK_N
+columns of the output, and walks along K. tile cuts the output along M too, so it takes any M.
 
 gemv: float32 multiply-adds on the ordinary units; `rows` rows of x are unrolled. Each thread keeps a partial sum for
       every `lanes` neighbouring elements of K, and the sums meet once, after the loop.
 swap: `tl.dot` with the weight tile as the M operand of the matrix unit ("swap-AB"), because the rows of x are too few
       to fill it; x, padded to `rows`, is the N operand. Narrow tiles run on mma, with both operands in registers,
       where Σ x² as a product of its own (`gram`) is nearly free; wide ones on wgmma, where the machine has it.
+tile: `tl.dot` of `rows` rows of x with the weight tile, on wgmma, every operand brought by the copy engine (TMA). Tiles
+      that share their weights follow each other, so that the weights come from L2 after the first.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +24,8 @@ class Plan:
     """One division of the work. Block sizes, warps and stages reach the kernel as constexprs or launch options, so
     plans that agree in the others (and divide N and K alike) share one source text."""
 
-    kind: Literal["gemv", "swap"]
-    rows: int
+    kind: Literal["gemv", "swap", "tile"]
+    rows: int  # of x in one program
     block_n: int
     block_k: int
     num_warps: int
@@ -34,6 +37,10 @@ class Plan:
     def wide(self) -> bool:
         """Whether a tile fills wgmma, which multiplies 64 rows of weights by four warps."""
         return self.block_n >= 64
+
+    def programs(self, m: int, n: int) -> int:
+        """How many programs compute an output of [m, n]."""
+        return math.ceil(n / self.block_n) * (math.ceil(m / self.rows) if self.kind == "tile" else 1)
 
     @property
     def label(self) -> str:

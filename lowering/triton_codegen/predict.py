@@ -1,4 +1,4 @@
-"""Predicted time of a plan, and the plans worth predicting.
+"""Predicted time of a plan, and the plans worth predicting. Tiles have a formula of their own (`tiles.py`); the others:
 
 seconds = start + ‖(memory, chain, work)‖₄ + launch overhead
 memory  = bytes / bandwidth, more where a tile's rows are short
@@ -26,15 +26,14 @@ import torch
 
 from ...fused import MatmulFamily
 from ...machine import Machine
+from . import tiles
+from .footprint import REGISTERS_PER_THREAD, registers, resident_blocks, shared_memory, step_bytes
 from .plans import Plan
 from .writer import norm_mode, statistics_block
 
-REGISTERS_PER_SM = 65536
-REGISTERS_PER_THREAD = 255
-WARPS_PER_SM = 64
-BLOCKS_PER_SM = 32
 SMALL_SHARED_MEMORY = 100 * 1024  # below, two pipeline stages are worth a thought
 SHORT_ROW = 256  # bytes of one row of a weight that a step reads at once
+MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
 GEMV_ROWS = 4  # more rows need more registers than a thread has
 
 
@@ -77,6 +76,7 @@ def power_of_two(at_least: int) -> int:
 
 def plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
     """Every plan for up to `rows` rows that fits `machine`."""
+    yield from tiles.plans(op, machine, rows)
     for plan in itertools.chain(_gemv_plans(op, rows), _swap_plans(op, machine, rows)):
         if shared_memory(op, plan) <= machine.shared_memory and registers(op, plan) <= REGISTERS_PER_THREAD:
             yield plan
@@ -96,8 +96,8 @@ def _gemv_plans(op: MatmulFamily, rows: int) -> Iterator[Plan]:
 
 
 def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
-    if machine.kind == "cuda" and machine.capability < 80:
-        return  # Triton has no matrix instructions for them
+    if rows > MOST_ROWS or (machine.kind == "cuda" and machine.capability < 80):
+        return  # Triton has no matrix instructions for older ones
     padded = max(8, power_of_two(rows))
     if op.dtype == torch.float32:
         # "ieee" products run on the ordinary units with their operands in registers: narrow tiles, few rows
@@ -118,42 +118,11 @@ def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]
             yield replace(plan, gram=norm_mode(op, plan) == "folded")
 
 
-def step_bytes(op: MatmulFamily, plan: Plan) -> int:
-    """Bytes of weights that one block reads per step."""
-    return op.weights * plan.block_n * plan.block_k * op.dtype.itemsize
-
-
-def shared_memory(op: MatmulFamily, plan: Plan) -> int:
-    """Upper estimate of a block's shared memory: every stage holds the weight tiles and the tile of x."""
-    weights = step_bytes(op, plan)
-    if plan.kind == "gemv":
-        vectors = (1 + plan.rows) * plan.block_k * 4
-        return vectors + (weights * plan.num_stages if plan.num_stages > 1 else 0)
-    x_tile = plan.rows * plan.block_k * op.dtype.itemsize
-    normed = x_tile + plan.num_stages * plan.block_k * op.dtype.itemsize if op.norm else 0
-    passes = 3 * plan.rows * statistics_block(op, plan) * op.dtype.itemsize if norm_mode(op, plan) == "first" else 0
-    return max(plan.num_stages * (weights + x_tile) + normed, passes) + 1024
-
-
-def registers(op: MatmulFamily, plan: Plan) -> int:
-    """Estimate of registers per thread."""
-    threads = 32 * plan.num_warps
-    if plan.kind == "gemv":
-        partial = op.weights * plan.rows * plan.block_n * plan.block_k // plan.lanes
-        return 40 + (partial + step_bytes(op, plan) // 4) // threads + 16 * (plan.rows - 1)
-    tile = plan.rows * (op.weights * plan.block_n + (plan.block_k // 2 if op.norm else 0))
-    gram = plan.rows * plan.rows if plan.gram else 0
-    return 36 + (tile + gram) // threads
-
-
-def resident_blocks(op: MatmulFamily, plan: Plan, machine: Machine) -> int:
-    by_registers = REGISTERS_PER_SM // (registers(op, plan) * 32 * plan.num_warps)
-    by_shared = machine.shared_memory // shared_memory(op, plan)
-    return max(1, min(by_registers, by_shared, WARPS_PER_SM // plan.num_warps, BLOCKS_PER_SM))
-
-
-def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: int) -> Any:
-    """Predicted time where the kernel moves `moved` bytes (a number or sympy)."""
+def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: Any) -> Any:
+    """Predicted time where the kernel moves `moved` bytes (a number or sympy). `rows` is the most that the plan is to
+    serve; of tiles, the number there is (a number or sympy)."""
+    if plan.kind == "tile":
+        return tiles.seconds(op, plan, machine, moved, rows)
     known = constants()
     kind = known.kinds[plan.kind if plan.kind == "gemv" else "wide" if plan.wide else "narrow"]
     threads = 32 * plan.num_warps

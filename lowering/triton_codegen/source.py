@@ -16,6 +16,7 @@ from ...fused import MatmulFamily
 from .gemv_source import Gemv
 from .plans import Plan
 from .swap_source import Swap
+from .tile_source import Tile
 from .writer import Facts, KernelSource
 
 INT32_ELEMENTS = 2**31
@@ -29,11 +30,11 @@ def facts(op: MatmulFamily, plan: Plan, input_precision: str = "ieee") -> Facts:
         even_n=n % plan.block_n == 0,
         even_k=k % plan.block_k == 0,
         wide_weight=(n + max(op.features, default=0)) * k >= INT32_ELEMENTS,
-        wide_output=(m or plan.rows) * n >= INT32_ELEMENTS,
+        wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.kind == "tile" and m is None),
         input_precision=input_precision,
     )
 
 
 def write(op: MatmulFamily, plan: Plan, known: Facts) -> KernelSource:
     """The kernel that computes `op` by `plan`."""
-    return (Gemv if plan.kind == "gemv" else Swap)(op, plan, known).write()
+    return {"gemv": Gemv, "swap": Swap, "tile": Tile}[plan.kind](op, plan, known).write()

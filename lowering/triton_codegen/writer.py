@@ -19,13 +19,15 @@ STATISTICS_ELEMENTS = 64  # of x per thread and step of the pass that computes m
 class KernelSource:
     """A Triton module's text, the kernel's name in it, and the names of its tensor arguments (the output last).
 
-    Further arguments are `M` where `runtime_m`, then the constexprs x_stride, w_stride, N, K, BLOCK_N, BLOCK_K.
+    Further arguments are `M` where `runtime_m`, then the constexprs of `aot.constexprs`. `blocks` names the tensors
+    that the kernel reads through a descriptor, with the block that each load brings.
     """
 
     text: str
     name: str
     tensors: tuple[str, ...]
     runtime_m: bool
+    blocks: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Facts:
 def norm_mode(op: MatmulFamily, plan: Plan) -> Literal["none", "folded", "first"]:
     if op.norm is None:
         return "none"
-    overflows = plan.kind == "swap" and op.dtype == torch.float16
+    overflows = plan.kind != "gemv" and op.dtype == torch.float16
     return "first" if op.norm.kind == "layer" or overflows else "folded"
 
 
@@ -54,9 +56,10 @@ def statistics_block(op: MatmulFamily, plan: Plan) -> int:
 
 
 class Writer:
-    """What the two kinds share: signature, indices, weights, extras."""
+    """What the kinds share: signature, indices, weights, extras."""
 
     axis = ""  # suffix that makes a vector over n broadcast against the accumulator
+    constants: tuple[str, ...] = ("x_stride", "w_stride", "N", "K", "BLOCK_N", "BLOCK_K")
 
     def __init__(self, op: MatmulFamily, plan: Plan, known: Facts) -> None:
         self.op, self.plan, self.known = op, plan, known
@@ -81,7 +84,7 @@ class Writer:
         norm = [f"{self.op.norm.kind}_norm"] if self.op.norm else []
         name = "_".join([*norm, f"linear{self.op.weights}", self.plan.kind])
         signature = [*self.tensors, *(["M"] if runtime_m else [])]
-        signature += [f"{c}: tl.constexpr" for c in ("x_stride", "w_stride", "N", "K", "BLOCK_N", "BLOCK_K")]
+        signature += [f"{c}: tl.constexpr" for c in self.constants]
         self.indices()
         self.hoisted_extras()
         if self.mode == "first":
@@ -97,7 +100,12 @@ class Writer:
         self.finish()
         head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}("]
         head += [f"{INDENT}{argument}," for argument in signature] + ["):"]
-        return KernelSource("\n".join([*head, *self.lines]) + "\n", name, self.tensors, runtime_m)
+        text = "\n".join([*head, *self.lines]) + "\n"
+        return KernelSource(text, name, self.tensors, runtime_m, tuple(self.blocks().items()))
+
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        """The blocks of tensors that are read through descriptors."""
+        return {}
 
     # ---- pieces that differ -----------------------------------------------------------------
     def statistics(self) -> None:

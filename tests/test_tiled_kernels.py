@@ -1,0 +1,104 @@
+"""Tiled kernels of the matmul family: numbers in Triton's interpreter, nodes of a graph, the compiler's opinion."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from matmul_family_cases import (
+    BIAS,
+    GEGLU_RESIDUAL,
+    GEMMA,
+    PLAIN,
+    RMS,
+    RMS_PLAIN,
+    SCALED,
+    SWIGLU,
+    Epilogue,
+    Operands,
+    assert_as_good_as_eager,
+    family,
+    run,
+)
+
+from fusion_compiler.fused import RowNorm, Site
+from fusion_compiler.lowering.triton_codegen import matmul
+from fusion_compiler.lowering.triton_codegen.plans import Plan
+from fusion_compiler.splice import Builder, clean, replace
+
+HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
+TILE = Plan("tile", 32, 32, 64, 4, 3)
+EVEN, ODD = (64, 192, 96), (37, 136, 88)  # 37 rows end within a tile, 136 of K within a step, 88 columns within a tile
+
+
+@pytest.mark.parametrize("sizes", [EVEN, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize(
+    ("norm", "epilogue", "dtype"),
+    [
+        (None, BIAS, HALF), (None, GEGLU_RESIDUAL, HALF), (None, SCALED, HALF), (RMS, SWIGLU, SINGLE),
+        (GEMMA, PLAIN, SINGLE), (RMS_PLAIN, SCALED, SINGLE),
+    ],
+    ids=["bias", "geglu residual", "scaled", "rms swiglu", "gemma", "rms scaled"],
+)  # fmt: skip
+def test_numbers(norm: RowNorm | None, epilogue: Epilogue, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    operands = Operands.random(family(*sizes, norm, epilogue, dtype))
+    assert_as_good_as_eager(run(operands, TILE), operands, epilogue)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 300])
+def test_rows_known_at_run_time_only(rows: int) -> None:
+    """More than one group of tiles at 300 rows."""
+    operands = Operands.random(family(rows, 64, 40, RMS, SWIGLU, SINGLE))
+    assert_as_good_as_eager(run(operands, TILE, runtime_m=True), operands, SWIGLU)
+
+
+def test_weights_stored_in_by_out() -> None:
+    operands = Operands.random(family(*ODD, RMS, SWIGLU, SINGLE, weight_is_kn=True))
+    assert_as_good_as_eager(run(operands, TILE), operands, SWIGLU)
+
+
+@pytest.mark.parametrize("kn", [False, True])
+def test_parts_of_a_packed_weight(kn: bool) -> None:
+    whole = Operands.random(family(*EVEN, None, SWIGLU, HALF, weight_is_kn=kn))
+    packed = torch.cat(whole.weights, dim=1 if kn else 0)
+    op = dataclasses.replace(whole.op, features=(0, 96))
+    assert_as_good_as_eager(run(dataclasses.replace(whole, op=op, weights=(packed, packed)), TILE), whole, SWIGLU)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_spliced_kernel_computes_what_it_replaces(trace: object, dynamic: bool) -> None:
+    def model(x: torch.Tensor, g: torch.Tensor, w0: torch.Tensor, w1: torch.Tensor) -> torch.Tensor:
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * g
+        return torch.nn.functional.silu(y @ w0.T) * (y @ w1.T)
+
+    x, g, w0, w1 = torch.randn(2, 20, 128), torch.randn(128), torch.randn(96, 128), torch.randn(96, 128)
+    gm = trace(model, x, g, w0, w1, dynamic=dynamic)  # type: ignore[operator]
+    places = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor)]
+    output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    batch, length, _ = places[0].meta["val"].shape
+    op = dataclasses.replace(family(40, 128, 96, RMS, SWIGLU, SINGLE), m=batch * length)
+    site = Site(tuple(places), output, (output,))
+    replace(site, matmul.emit(op, TILE, Builder(gm, output), site))
+    clean(gm)
+    for rows in (1, 20, 50) if dynamic else (20,):
+        x = torch.randn(2, rows, 128)
+        torch.testing.assert_close(gm(x, g, w0, w1), model(x, g, w0, w1), rtol=1e-4, atol=1e-4)
+
+
+def test_what_no_descriptor_can_hold_is_copied(trace: object) -> None:
+    """Rows of x that start between two steps of 16 bytes."""
+
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x[:, 1:] @ w.T
+
+    x, w = torch.randn(40, 129), torch.randn(96, 128)
+    gm = trace(model, x, w)  # type: ignore[operator]
+    output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    sliced = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.slice.Tensor)
+    weight = next(n for n in gm.graph.nodes if n.name.startswith("w"))
+    site = Site((sliced, weight), output, (output,))
+    replace(site, matmul.emit(family(40, 128, 96, None, PLAIN, SINGLE), TILE, Builder(gm, output), site))
+    clean(gm)
+    assert sum(n.target is torch.ops.aten.clone.default for n in gm.graph.nodes) == 1
+    torch.testing.assert_close(gm(x, w), model(x, w), rtol=1e-4, atol=1e-4)
