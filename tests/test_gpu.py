@@ -153,6 +153,20 @@ def test_training() -> None:
     agree(gradients(through(glu), inputs), gradients(glu, inputs), gradients(glu, wide(inputs)))
 
 
+# ---- patterns of users ------------------------------------------------------------------------------
+def test_a_declared_fusion_gets_a_generated_kernel() -> None:
+    def linear_tanh(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, w, b))
+
+    example = fc.Example(lambda: (torch.randn(4, 8), torch.randn(16, 8), torch.randn(16)))
+    declared = fc.pattern(name="linear_tanh", examples=[example])(linear_tanh)
+    inputs = (randn(2, 3, 64), randn(96, 64, scale=0.1), randn(96))
+    for form in (linear_tanh, lambda x, w, b: (x @ w.T + b).tanh()):
+        torch._dynamo.reset()
+        check(form, inputs, patterns=[declared])
+        assert "linear_tanh" in [d.pattern for d in fc.last_report().fused]
+
+
 # ---- rows ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_rows_on_their_own(mode: str) -> None:
