@@ -8,20 +8,21 @@ besides is an extra. A refusal is a sentence.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
+import torch
 from torch.fx import Node
 
-from .algebra import POINTWISE, Algebra, Value
-from .fused import Extra, MatmulFamily, RowNorm, Site
+from .algebra import POINTWISE, Value
+from .fused import MatmulFamily, RowNorm, Site
+from .matmul_epilogue import Epilogue, Refused
 from .norms import NORMS
 from .raising.products import weight_value
+from .row_reduction import row_stride
 from .semantics import SemanticView
 from .shapes import Product, count, extent, shape_of
 from .sites import region, site_of
-
-_EXTRA_KINDS = {(False, True): "col", (True, False): "row", (False,): "scalar"}
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Family:
     prologue: tuple[Node, ...] = ()
 
 
-def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
+def build(view: SemanticView, root: Value, output: Node, border: Collection[Value] = frozenset()) -> list[Family] | str:
     """The ways to see `root`, held by `output`, as one matmul family: with the norm folded in first, then without.
 
-    Returns a sentence where it cannot be one.
+    Values of `border` are operands, whatever they are computed from. Returns a sentence where it cannot be one.
     """
-    linears = [v for v in _until_linear(root) if v.op == "linear"]
+    below = _until_linear(root, border)
+    linears = [v for v in below if v.op == "linear" and v not in border]
     if not linears:
         return "there is no linear below this node"
     inputs = {id(v.args[0]) for v in linears}
@@ -73,10 +75,12 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
         apart = " and ".join(map(str, sorted(steps, key=str)))
         return f"rows of its weights lie {apart} elements apart, and a kernel takes one step; make them contiguous"
 
-    extras: list[tuple[Extra, Node]] = []
-    epilogue = _epilogue(view, root, linears, extras, {}, (extent(m), n))
-    if isinstance(epilogue, str):
-        return epilogue
+    try:
+        rewriter = Epilogue(view, below, linears, (extent(m), n))
+        epilogue = rewriter.rewritten(root)
+    except Refused as refusal:
+        return str(refusal)
+    extras = rewriter.extras
 
     x_value = linears[0].args[0]
     op = MatmulFamily(
@@ -91,7 +95,8 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
         norm, head, normalised = folded
         prologue = region(view, (normalised,), head)
         families.append(Family(replace(op, norm=norm), site_of(view, output, (*head, *tail)), prologue))
-    rows = next(n for n in view.nodes(x_value) if n.meta["val"].dtype == dtype)
+    rows = _in_rows(view, x_value, dtype, extent(k))
+    assert rows is not None, "the product itself reads it in this dtype"
     families.append(Family(op, site_of(view, output, (rows, *tail))))
     far = next((n for f in families for n in f.site.operands if _reaches_far(n)), None)
     if far is not None:
@@ -99,14 +104,14 @@ def build(view: SemanticView, root: Value, output: Node) -> list[Family] | str:
     return families
 
 
-def _until_linear(root: Value) -> list[Value]:
-    """The values from `root` down to the linears, which are not entered; operands before users."""
+def _until_linear(root: Value, border: Collection[Value] = frozenset()) -> list[Value]:
+    """The values from `root` down to the linears and `border`, which are not entered; operands before users."""
     order: dict[Value, None] = {}
 
     def visit(value: Value) -> None:
         if value in order:
             return
-        if value.op in POINTWISE or value.op == "bcast":
+        if value not in border and (value.op in POINTWISE or value.op == "bcast"):
             for a in value.args:
                 visit(a)
         order[value] = None
@@ -155,6 +160,13 @@ def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] |
     return "a weight's storage could not be found as a matrix; make it contiguous"
 
 
+def _in_rows(view: SemanticView, x: Value, dtype: torch.dtype, k: object) -> Node | None:
+    """A node that holds `x` in `dtype`: the first that a kernel can read row by row, else the first of all."""
+    held = [n for n in view.nodes(x) if n.meta["val"].dtype == dtype]
+    even = (n for n in held if isinstance(k, int) and row_stride(n.meta["val"], k) is not None)
+    return next(even, next(iter(held), None))
+
+
 def _folded_norm(
     view: SemanticView, x: Value, x_node: Node, k: object
 ) -> tuple[RowNorm, tuple[Node, ...], Node] | None:
@@ -164,9 +176,8 @@ def _folded_norm(
     dtype = x_node.meta["val"].dtype
     operands = []
     for position, value in enumerate(x.args):
-        nodes = view.nodes(value)
         # the rows must come in the matmul's own dtype: that is what the kernel was made for
-        node = next((n for n in nodes if position > 0 or n.meta["val"].dtype == dtype), None)
+        node = next(iter(view.nodes(value)), None) if position else _in_rows(view, value, dtype, k)
         if node is None or (position > 0 and shape_of(node)[-1:] != (k,)):
             return None
         operands.append(node)
@@ -174,85 +185,3 @@ def _folded_norm(
     kind = "rms" if x.op == "rms_norm" else "layer"
     norm = RowNorm(kind, x.attr("eps"), len(x.args) > 1, len(x.args) > 2, x.attr("offset"))  # type: ignore[arg-type]
     return norm, tuple(operands), result
-
-
-def _epilogue(
-    view: SemanticView,
-    value: Value,
-    linears: list[Value],
-    extras: list[tuple[Extra, Node]],
-    memo: dict[Value, Value],
-    shape: tuple[Any, Any],
-) -> Value | str:
-    """`value`, of `shape`, rewritten over acc(i) and extra(j); extras found on the way are appended."""
-    algebra = view.algebra
-    if value in memo:
-        return memo[value]
-    if value.op == "linear":
-        result = algebra.make("acc", index=linears.index(value))
-    elif value.op == "const":
-        return value
-    elif not any(v.op == "linear" for v in _until_linear(value)):
-        extra = _extra(view, value, shape)
-        if isinstance(extra, str):
-            # what only arose by normalising, such as −r in acc − r, is computed from tensors that do exist
-            opened = _opened(algebra, value)
-            return extra if opened is None else _rewritten(view, opened, linears, extras, memo, shape)
-        extras.append(extra)
-        result = algebra.make("extra", index=len(extras) - 1)
-    elif value.op == "bcast":
-        return "a product is repeated along an axis after the matmul"
-    else:
-        rewritten = _rewritten(view, value, linears, extras, memo, shape)
-        if isinstance(rewritten, str):
-            return rewritten
-        result = rewritten
-    memo[value] = result
-    return result
-
-
-def _rewritten(
-    view: SemanticView,
-    value: Value,
-    linears: list[Value],
-    extras: list[tuple[Extra, Node]],
-    memo: dict[Value, Value],
-    shape: tuple[Any, Any],
-) -> Value | str:
-    """The same operation on its rewritten arguments."""
-    args = []
-    for a in value.args:
-        inner = _epilogue(view, a, linears, extras, memo, shape)
-        if isinstance(inner, str):
-            return inner
-        args.append(inner)
-    return view.algebra.make(value.op, *args, **dict(value.attrs))
-
-
-def _opened(algebra: Algebra, value: Value) -> Value | None:
-    """A pointwise operation as one on repeated tensors, where `value` is one or repeats the result of one."""
-    inner = value.args[0] if value.op == "bcast" else value
-    if inner.op not in POINTWISE or not inner.args:
-        return None
-    if inner is value:
-        return value
-    groups = value.attr("groups")
-    return algebra.make(inner.op, *(algebra.bcast(a, groups) for a in inner.args), **dict(inner.attrs))
-
-
-def _extra(view: SemanticView, value: Value, shape: tuple[Any, Any]) -> tuple[Extra, Node] | str:
-    kind, inner, wanted, first = "full", value, count(shape), 0
-    if value.op == "bcast":
-        groups = value.attr("groups")
-        kind = _EXTRA_KINDS.get(tuple(kept for _, kept in groups), "")
-        wanted = {"col": shape[1], "row": shape[0], "scalar": 1}.get(kind)
-        if wanted is None or count(size for size, kept in groups if kept) != wanted:
-            return "a tensor is repeated otherwise than along rows or columns in the epilogue"
-        inner = value.args[0]
-    if inner.op == "slice" and wanted == shape[1] and len(inner.attr("shape")) == 1 and not view.nodes(inner):
-        # part of a packed bias, which is a value and no node; in one row it is not repeated
-        kind, first, [wanted], inner = "col", inner.attr("start"), inner.attr("shape"), inner.args[0]
-    node = next((n for n in view.nodes(inner) if count(shape_of(n)) == wanted), None)
-    if node is None:
-        return f"an operand of the epilogue ({inner.op}) is not a tensor of its own in the graph"
-    return Extra(kind, node.meta["val"].dtype, first), node  # type: ignore[arg-type]

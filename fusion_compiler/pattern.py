@@ -195,7 +195,8 @@ class Pattern:
         if "linear" in inside and len(self.variants[0].roots) > 1:
             reasons.append("kernels with several results are generated for reductions of rows, not for linears")
         elif "linear" in inside:
-            families = matmul_family.build(binder.view, value, *outputs.values())
+            [output] = outputs.values()
+            families = matmul_family.build(binder.view, value, output, set(bindings.tensors.values()))
             if isinstance(families, str):
                 reasons.append(families)
             else:

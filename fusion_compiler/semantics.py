@@ -35,6 +35,7 @@ class SemanticView:
         self._value: dict[Node, Value] = {}
         self._nodes: dict[int, list[Node]] = {}
         self._products: dict[int, list[Product]] = {}
+        self._linears: dict[Value, None] = {}
         for node in graph_module.graph.nodes:
             value = self._raise(node)
             self._value[node] = value
@@ -50,6 +51,10 @@ class SemanticView:
     def products(self, linear: Value) -> Sequence[Product]:
         """Where a `linear` value is computed."""
         return self._products.get(id(linear), ())
+
+    def linears(self) -> Sequence[Value]:
+        """The `linear` values that some node computes whole, by itself or with a bias."""
+        return list(self._linears)
 
     def values(self) -> Iterator[Value]:
         """Each value that some node holds, once, in graph order."""
@@ -86,6 +91,7 @@ class SemanticView:
     def add_product(self, linear: Value, product: Product) -> None:
         """Notes where a `linear` value is computed."""
         self._products.setdefault(id(linear), []).append(product)
+        self._linears[linear] = None
 
     def leaf(self, node: Node) -> Value:
         return self.algebra.make("leaf", node=node)

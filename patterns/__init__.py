@@ -13,7 +13,7 @@ from fusion_compiler.registry import PatternPackage
 from .add_norm import add_norm
 from .attention import attention
 from .gated_mlp import gated_mlp
-from .linear_act import linear_act
+from .linear_epilogue import linear_epilogue
 from .norm import norm
 from .norm_linear import norm_linear
 from .rope import rope
@@ -21,7 +21,7 @@ from .softmax import softmax
 
 BUILTIN: tuple[AnyPattern, ...] = (
     gated_mlp,
-    linear_act,
+    linear_epilogue,
     norm_linear,
     attention,
     norm,

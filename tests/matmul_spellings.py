@@ -191,13 +191,51 @@ def before_a_linear(norm: Function, linear: Function = LINEARS["F.linear"]) -> F
     return lambda x, w: linear(norm(x, w), w)
 
 
+def residual(x: Tensor, w: Weights) -> Tensor:
+    """Some tensor of the shape of a linear's result."""
+    return torch.cat((x, x), dim=-1)[..., : len(w.gate)].tanh()
+
+
+def _added_in_place(x: Tensor, w: Weights) -> Tensor:
+    h = residual(x, w)
+    h += F.linear(x, w.gate, w.b_gate)
+    return h
+
+
+EPILOGUES: dict[str, Function] = {
+    "residual": lambda x, w: F.linear(x, w.gate) + residual(x, w),
+    "residual first": lambda x, w: residual(x, w) + F.linear(x, w.gate, w.b_gate),
+    "residual in place": _added_in_place,
+    "residual in float32": lambda x, w: (residual(x, w).float() + F.linear(x, w.gate).float()).to(x.dtype),
+    "residual subtracted": lambda x, w: residual(x, w) - F.linear(x, w.gate),
+    "residual of half": lambda x, w: torch.add(residual(x, w), F.linear(x, w.gate), alpha=0.5),
+    "residual flat": lambda x, w: (_flat(residual(x, w)) + F.linear(_flat(x), w.gate)).view(*x.shape[:-1], len(w.gate)),
+    "residual by addmm": lambda x, w: torch.addmm(_flat(residual(x, w)), _flat(x), w.gate.t()).view(
+        *x.shape[:-1], len(w.gate)
+    ),
+    "of matmul": lambda x, w: residual(x, w) + x @ w.gate_kn,
+    "of einsum": lambda x, w: residual(x, w) + torch.einsum("...k,nk->...n", x, w.gate),
+    "column": lambda x, w: F.linear(x, w.gate) * w.b_up + residual(x, w),
+    "row": lambda x, w: F.linear(x, w.gate) * x.amax(-1, keepdim=True),
+    "number": lambda x, w: F.linear(x, w.gate, w.b_gate) * 0.125,
+    "gate": lambda x, w: F.linear(x, w.gate) * torch.sigmoid(residual(x, w)),
+    "activation and residual": lambda x, w: F.gelu(F.linear(x, w.gate, w.b_gate)) + residual(x, w),
+    "tanh": lambda x, w: torch.tanh(F.linear(x, w.gate)),
+    "clamped": lambda x, w: F.linear(x, w.gate).clamp(-1, 1),
+    "leaky": lambda x, w: F.leaky_relu(F.linear(x, w.gate, w.b_gate)),
+    "softcap": lambda x, w: 30 * torch.tanh(F.linear(x, w.gate) / 30),
+    "RMSNorm in front": lambda x, w: F.linear(rms_llama(x, w), w.gate) + residual(x, w),
+} | {f"act: {name}": (lambda x, w, act=act: act(F.linear(x, w.gate, w.b_gate))) for name, act in ACTIVATIONS.items()}
+
+
 NORM_LINEAR: dict[str, Function] = (
     {f"RMSNorm: {name}": before_a_linear(norm) for name, norm in RMS.items()}
     | {f"LayerNorm: {name}": before_a_linear(norm) for name, norm in LAYER.items()}
     | {f"linear: {name}": before_a_linear(rms_llama, linear) for name, linear in LINEARS.items()}
 )
 MATCHED: dict[str, dict[str, Function]] = {
-    "gated_mlp": GATED, "norm_linear": NORM_LINEAR, "norm": NORM, "add_norm": ADD_NORM, "softmax": SOFTMAX
+    "gated_mlp": GATED, "linear_epilogue": EPILOGUES, "norm_linear": NORM_LINEAR, "norm": NORM, "add_norm": ADD_NORM,
+    "softmax": SOFTMAX,
 }  # fmt: skip
 
 # ---- what is none -------------------------------------------------------------------------------
@@ -216,7 +254,20 @@ NOT_GATED: dict[str, Function] = {
         (g := F.linear(x, w.gate)) * torch.sigmoid(2 * g) * F.linear(x, w.up)
     ),
 }  # fmt: skip
+NOT_EPILOGUES: dict[str, Function] = {
+    "nothing": lambda x, w: F.linear(x, w.gate),
+    "a bias alone": lambda x, w: F.linear(x, w.gate) + w.b_gate,
+    "summed": lambda x, w: F.linear(x, w.gate).sum(-1),
+    "softmax": lambda x, w: F.linear(x, w.gate).softmax(-1),
+    "transposed": lambda x, w: F.linear(_flat(x), w.gate).T + residual(_flat(x), w).T,
+    "repeated": lambda x, w: F.linear(x, w.gate)[None].expand(3, *x.shape[:-1], len(w.gate)) * 2,
+    "of two pieces": lambda x, w: (
+        (h := F.linear(x, w.packed))[..., : len(w.gate)].relu() + h[..., len(w.gate) :].amax(-1, keepdim=True)
+    ),
+    "of two linears": lambda x, w: F.linear(x, w.gate) + F.linear(x, w.up),
+}
 REFUSED: dict[str, dict[str, Function]] = {
+    "linear_epilogue": NOT_EPILOGUES,
     "gated_mlp": NOT_GATED,
     "norm_linear": {name: before_a_linear(norm) for name, norm in NOT_NORMS.items()},
     "norm": NOT_NORMS,

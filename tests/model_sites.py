@@ -4,7 +4,7 @@ Every tensor is followed from the operator that made it, through views, casts an
 
     attention     a matrix product that reads the result of a softmax, or a fused attention operator
     gated_mlp     act(linear(x)) · linear(x), both of the same x
-    linear_act    any other activation of a linear
+    linear_epilogue    any other activation of a linear
     norm_linear   a linear that reads the result of a norm
     norm          a row norm, by its operator or by a module that is one by name
     add_norm      a norm that reads the sum of two tensors of its size
@@ -30,7 +30,7 @@ import fusion_compiler as fc
 
 aten = torch.ops.aten
 BROKEN = "the model breaks its graph inside: a tensor is read back to the host, and no graph holds all of this"
-KINDS = ("attention", "gated_mlp", "linear_act", "norm_linear", "norm", "add_norm", "softmax", "rope")
+KINDS = ("attention", "gated_mlp", "linear_epilogue", "norm_linear", "norm", "add_norm", "softmax", "rope")
 COPIES = {aten._to_copy, aten.clone, aten._unsafe_view}
 GATHERS = {aten.index, aten.index_select}
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
@@ -197,7 +197,7 @@ class Survey(TorchDispatchMode):
     def _activated(self, x: torch.Tensor, out: torch.Tensor) -> None:
         made = self._of(x)
         if made.by == "linear":
-            self._mark(out, Made("act", made.source, self._site("linear_act")))
+            self._mark(out, Made("act", made.source, self._site("linear_epilogue")))
 
     def _gated(self, gate: Made, up: Made) -> None:
         if gate.source == up.source and gate.site in self.sites:
@@ -272,7 +272,7 @@ def account(sites: list[Site], reports: list[fc.Report]) -> Account:
         (d.pattern, _module(d.where), d.where)
         for d in report.decisions
         # the gate of a gated MLP and the softmax of an attention are no places of their own
-        if d.pattern in KINDS and not (d.pattern in ("linear_act", "softmax") and d.node in inner)
+        if d.pattern in KINDS and not (d.pattern in ("linear_epilogue", "softmax") and d.node in inner)
     ]
     misses = [(n.pattern, _module(n.root), n.reason) for n in report.near_misses]
     result, served = Account([], [], [], []), set()

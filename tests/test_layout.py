@@ -22,7 +22,8 @@ LONG: dict[str, str] = {
 WIRING = {f"fusion_compiler.{m}" for m in ("backend", "capture", "cli", "registry")}
 # What a pattern may be written with: the vocabulary, and the recognisers of what a plain function cannot express.
 VOCABULARY = {
-    f"fusion_compiler.{m}" for m in ("algebra", "attention", "fused", "match", "pattern", "rope", "semantics")
+    f"fusion_compiler.{m}"
+    for m in ("algebra", "attention", "fused", "linear_epilogue", "match", "pattern", "rope", "semantics")
 }
 # Imported inside functions only, so that a machine without them can still load the compiler.
 LAZY = {

@@ -267,15 +267,15 @@ class EncoderLayer(nn.Module):
 
 # The attentions that must be found in each, and the other fusions.
 USER_MODELS: dict[type[nn.Module], tuple[int, frozenset[str]]] = {
-    NanoGPT: (1, frozenset({"norm_linear", "linear_act"})),
+    NanoGPT: (1, frozenset({"norm_linear", "linear_epilogue"})),
     Llama2C: (1, frozenset({"norm_linear", "gated_mlp", "rope", "add_norm"})),
     XTransformers: (1, frozenset({"norm_linear", "gated_mlp"})),
     LitGPT: (1, frozenset({"norm_linear", "gated_mlp", "add_norm"})),
-    Timm: (1, frozenset({"norm_linear", "linear_act"})),
+    Timm: (1, frozenset({"norm_linear", "linear_epilogue"})),
     Diffusers: (1, frozenset({"norm_linear", "gated_mlp"})),
     # Inductor's own rewrite leaves fused attention where the mask is none
-    Conformer: (0, frozenset({"norm_linear", "linear_act"})),
-    T5: (0, frozenset({"norm_linear", "linear_act", "add_norm"})),
-    ESM: (0, frozenset({"norm_linear", "linear_act", "rope"})),
-    EncoderLayer: (0, frozenset({"linear_act"})),
+    Conformer: (0, frozenset({"norm_linear", "linear_epilogue"})),
+    T5: (0, frozenset({"norm_linear", "linear_epilogue", "add_norm"})),
+    ESM: (0, frozenset({"norm_linear", "linear_epilogue", "rope"})),
+    EncoderLayer: (0, frozenset({"linear_epilogue"})),
 }

@@ -1,0 +1,58 @@
+"""A linear and what is done with its result element by element: bias, activation, scale, product, residual, casts.
+
+Any chain of pointwise operations behind one linear, such as the activation of an MLP or the residual added to what
+attention and MLP give, is computed on the accumulator before it is written; a norm in front of x is folded in where
+there is one. What others read too, as they do the residual stream, ends the chain and is its result. Saved per call:
+the product [M, N], written and read again, and a kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusion_compiler.linear_epilogue import PATTERN, find_linear_epilogue
+from fusion_compiler.pattern import Example, RecognisedPattern
+
+
+def activation(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, w, bias))
+
+
+def residual_stream(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    h = residual + F.linear(x, w, bias)
+    return F.rms_norm(h, (12,), eps=1e-5), h
+
+
+def behind_a_norm(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.relu(F.linear(F.layer_norm(x, (8,)), w, bias)).square()
+
+
+def bent(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    h = F.linear(x, w) * bias
+    return torch.where(h > 0.0, h * h, torch.expm1(h)) - residual
+
+
+def read_elsewhere(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, w, bias)
+    return F.silu(h), h
+
+
+def _tensors(rows: int = 3) -> tuple[Tensor, ...]:
+    return torch.randn(rows, 8), torch.randn(12, 8), torch.randn(12), torch.randn(rows, 12)
+
+
+linear_epilogue = RecognisedPattern(
+    name=PATTERN,
+    function=activation,
+    find=find_linear_epilogue,
+    examples=(
+        Example(_tensors),
+        Example(lambda: _tensors(1)),
+        Example(_tensors, residual_stream),
+        Example(_tensors, behind_a_norm),
+        Example(_tensors, bent),
+        Example(_tensors, read_elsewhere, refused="also read by"),
+    ),
+)
