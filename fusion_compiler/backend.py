@@ -24,13 +24,14 @@ from . import layout, measure, registry, select, splice, verify
 from . import report as reporting
 from .candidates import Candidate, Unavailable
 from .config import Options
-from .fused import Declared, Site
+from .fused import Declared, MatmulFamily, MatmulGroup, Site
 from .judge import Offer, judge, offer
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
 from .match import Match, find_all
 from .report import Decision, Failure, NearMiss, Report, Work, where
 from .semantics import SemanticView
+from .severed import severed_seconds
 from .torch_private import fake_tensors, inductor, size_guards, symbols
 
 _labels = itertools.count()
@@ -251,6 +252,7 @@ def judge_all(
 
     legality, offering = Legality(gm.graph), lowerings()
     judged = []
+    taken: list[set[Node]] = []
     for match in matches:
         unknown = _unknown_size(match.site)
         if unknown is not None or is_empty(match.site.output):
@@ -265,9 +267,13 @@ def judge_all(
                 offers.append(offer(op, site, target, offering))
             else:
                 offers.append(Offer(op, site, unavailable=(("legality", Unavailable(refusal)),)))
+        if isinstance(match.op, (MatmulFamily, MatmulGroup)):
+            match = dataclasses.replace(match, severed=severed_seconds(match.site, taken, target))
         judgement = judge(match, offers, target)
         judgement = tuner.refine(judgement, offers) if tuner else judgement
         choice = judgement.choice()
+        if choice.candidate is not None:
+            taken.append(set(choice.site.interior) - set(choice.site.escaping))
         ranged = judgement.symbol is not None and len(judgement.choices) > 1
         span = (judgement.symbol, choice.lo, choice.hi) if ranged and judgement.symbol is not None else None
         judged.append(Judged(judgement.decision, choice.site, choice.candidate, span))

@@ -7,7 +7,7 @@ FX nodes: those travel beside it as a `Site`. Sizes may be `int` or `torch.SymIn
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import sympy
@@ -78,6 +78,36 @@ class MatmulFamily:
     out_dtype: torch.dtype
     weight_is_kn: bool = False
     features: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[MatmulFamily, ...]:
+        return (self,)
+
+    @property
+    def whole(self) -> MatmulFamily:
+        return self
+
+
+@dataclass(frozen=True)
+class MatmulGroup:
+    """Several matmul families of one x and one norm, with a result each: one launch walks all their weights.
+
+    The parts agree in m, k, norm, dtype and weight_is_kn and have one whole weight each; n, epilogue, extras and
+    out_dtype are their own. Operands of a site, in this order: x, [norm weight], [norm bias], then of each part its
+    weight and its extras. Results are in the order of the parts, which is that of the site's outputs.
+    """
+
+    m: Size
+    parts: tuple[MatmulFamily, ...]
+
+    @property
+    def whole(self) -> MatmulFamily:
+        """One linear with as many output features, which is the same work."""
+        return replace(self.parts[0], n=sum(int(p.n) for p in self.parts), extras=())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
 
 
 @dataclass(frozen=True)
@@ -227,7 +257,7 @@ class Declared:
     respelled: str = ""  # says how, where the function itself is a better spelling of what stands in the graph
 
 
-FusedOp = MatmulFamily | RowReduction | Attention | Declared
+FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | Declared
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,15 @@ class _Way:
     candidate: Candidate
     rest: Plan
     measured: bool
+    severed: Amount = 0.0
 
     @property
     def seconds(self) -> Amount:
-        return self.candidate.seconds + self.rest.seconds
+        return self.candidate.seconds + self.rest.seconds + self.severed
 
     def priced(self) -> Amount:
         """The time at which the candidate counts: a prediction must win by the margin, a measurement need not."""
-        return self.candidate.seconds / (1 if self.measured else 1 - MARGIN) + self.rest.seconds
+        return self.candidate.seconds / (1 if self.measured else 1 - MARGIN) + self.rest.seconds + self.severed
 
     @property
     def traffic(self) -> Traffic:
@@ -171,7 +172,7 @@ def judge(match: Match, offers: Sequence[Offer], machine: Machine, *, price: Pri
         folds = bool(prologue) and match.prologue[-1] in o.site.interior
         gone = set(_replaced(o.site))
         rest = price([n for n in everything if n not in gone]) + (Plan(()) if folds else norm)
-        ways += [_Way(o, c, rest, bool(dict(c.details).get("measured"))) for c in o.candidates]
+        ways += [_Way(o, c, rest, bool(dict(c.details).get("measured")), match.severed) for c in o.candidates]
     sizes = _traced(match.op)
     symbol = _symbol(match.op, [before.seconds, *(w.seconds for w in ways)])
     # sizes that were equal when tracing (queries and keys) are taken to vary together, the others to stay
@@ -320,7 +321,10 @@ class _Context:
         invalid = [w.candidate for w in self.ways if w not in usable]
         closest = None if best is None else (best.candidate.name, Work.of(best.traffic, best.seconds, sizes))
         measured = (best is not None and best.measured, self.measured)
-        return kept_reason(self.match.op, self.machine, self.before, before, closest, unavailable, invalid, measured)
+        severed = best is not None and at(best.severed, sizes) > 0
+        return kept_reason(
+            self.match.op, self.machine, self.before, before, closest, unavailable, invalid, measured, severed=severed
+        )
 
     def _options(self, before: Work) -> tuple[Option, ...]:
         known = (("measured", True),) if self.measured else ()

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .fused import FusedOp, MatmulFamily, Site
+from .candidates import Amount
+from .fused import FusedOp, MatmulFamily, MatmulGroup, Site
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -22,7 +23,10 @@ class Match:
 
     `prologue` are the nodes of a norm that the first form recomputes inside the kernel; the last of them holds its
     result. They may be read elsewhere: then they stay. `prologue_share` is the part of their cost that this match
-    saves: the share of its weights among all that fold the same norm, 0 where something else reads the norm."""
+    saves: the share of its weights among all that fold the same norm, 0 where something else reads the norm.
+
+    `severed` are the seconds that Inductor would have saved by running the site's last operations together with what
+    reads its results: what a kernel of its own costs besides."""
 
     pattern: str
     op: FusedOp
@@ -30,6 +34,7 @@ class Match:
     alternatives: tuple[tuple[FusedOp, Site], ...] = ()
     prologue: tuple[Node, ...] = ()
     prologue_share: float = 1.0
+    severed: Amount = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,10 @@ def _share_prologues(matches: list[Match]) -> list[Match]:
 
 def _weights(match: Match) -> tuple[Node, ...]:
     op = match.op
-    if not isinstance(op, MatmulFamily) or op.norm is None:
+    if not isinstance(op, (MatmulFamily, MatmulGroup)) or op.whole.norm is None:
         return ()
-    first = 1 + op.norm.has_weight + op.norm.has_bias
-    return match.site.operands[first : first + op.weights]
+    at, found = 1 + op.whole.norm.has_weight + op.whole.norm.has_bias, []
+    for part in op.parts:
+        found += match.site.operands[at : at + part.weights]
+        at += part.weights + len(part.extras)
+    return tuple(found)

@@ -12,6 +12,9 @@ from .report import Work
 from .report_text import duration, size
 
 MARGIN = 0.10  # a prediction of a smaller gain is not trusted
+SEVERED = (
+    "Inductor's kernel of the last of these operations does what follows too, which would be left a kernel of its own"
+)
 MEASURE = 'options={"autotune": True}'
 
 
@@ -38,10 +41,13 @@ def kept_reason(
     unavailable: Sequence[str],
     invalid: Sequence[Candidate],
     measured: tuple[bool, bool] = (False, False),
+    *,
+    severed: bool = False,
 ) -> str:
     """`closest` is the cheapest candidate that may be used here, with what it leaves to Inductor. `measured` tells
-    whether its time and Inductor's are measured rather than predicted."""
-    cause = _cause(op, machine, plan, before)
+    whether its time and Inductor's are measured rather than predicted; `severed`, whether it ends where Inductor's
+    kernel goes on."""
+    cause = _cause(op, machine, plan, before) or (SEVERED if severed else "")
     if closest is None:
         if invalid:
             return f"no kernel for this size: {'; '.join(dict.fromkeys(f'{c.name} needs {c.valid}' for c in invalid))}"

@@ -16,13 +16,15 @@ from .gated_mlp import gated_mlp
 from .linear_epilogue import linear_epilogue
 from .norm import norm
 from .norm_linear import norm_linear
+from .qkv_projection import qkv_projection
 from .rope import rope
 from .softmax import softmax
 
 BUILTIN: tuple[AnyPattern, ...] = (
     gated_mlp,
-    linear_epilogue,
     norm_linear,
+    qkv_projection,
+    linear_epilogue,
     attention,
     norm,
     add_norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fusion_compiler.algebra import Value
-from fusion_compiler.fused import Declared, MatmulFamily, RowReduction, Site
+from fusion_compiler.fused import Declared, MatmulFamily, MatmulGroup, RowReduction, Site
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -59,6 +60,18 @@ def evaluate(op: MatmulFamily, site: Site, values: dict[Node, Any]) -> Tensor:
         extras.append(held.reshape(shapes[extra.kind]))
     assert not operands, "the site has more operands than the op documents"
     return _pointwise(op.epilogue, accumulators, extras).expand(x.shape[0], n)
+
+
+def evaluate_group(op: MatmulGroup, site: Site, values: dict[Node, Any]) -> list[Tensor]:
+    """The results of linears of one input, [M, N] each, in float64."""
+    norm, results = op.whole.norm, []
+    at = 1 + (norm is not None and norm.has_weight) + (norm is not None and norm.has_bias)
+    head = site.operands[:at]
+    for part in op.parts:
+        count = part.weights + len(part.extras)
+        results.append(evaluate(part, replace(site, operands=(*head, *site.operands[at : at + count])), values))
+        at += count
+    return results
 
 
 def evaluate_rows(op: RowReduction, site: Site, values: dict[Node, Any]) -> list[Tensor]:

@@ -23,7 +23,7 @@ WIRING = {f"fusion_compiler.{m}" for m in ("backend", "capture", "cli", "registr
 # What a pattern may be written with: the vocabulary, and the recognisers of what a plain function cannot express.
 VOCABULARY = {
     f"fusion_compiler.{m}"
-    for m in ("algebra", "attention", "fused", "linear_epilogue", "match", "pattern", "rope", "semantics")
+    for m in ("algebra", "attention", "fused", "linear_epilogue", "match", "pattern", "rope", "semantics", "siblings")
 }
 # Imported inside functions only, so that a machine without them can still load the compiler.
 LAZY = {

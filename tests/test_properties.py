@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from norm_spellings import LAYER, RMS
-from reference import Recorder, evaluate
+from reference import Recorder, evaluate, evaluate_group
 from spelled_graphs import Weights, graph, weights
 from torch import Tensor
 
-from fusion_compiler.fused import MatmulFamily
+from fusion_compiler.fused import MatmulFamily, MatmulGroup
 from fusion_compiler.match import Match, find_all
 from fusion_compiler.patterns import BUILTIN
 from fusion_compiler.semantics import SemanticView
 
-PATTERNS = [p for p in BUILTIN if p.name in ("gated_mlp", "norm_linear", "linear_epilogue")]
+PATTERNS = [p for p in BUILTIN if p.name in ("gated_mlp", "norm_linear", "qkv_projection", "linear_epilogue")]
 QUICK = settings(
     max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     phases=(Phase.generate, Phase.shrink),
@@ -47,6 +47,12 @@ def check(function: Function, x: Tensor, w: Weights, dynamic: bool = False) -> l
     for match in matches:
         eager = values[match.site.output].double()
         for op, site in ((match.op, match.site), *match.alternatives):
+            if isinstance(op, MatmulGroup) and not dynamic:
+                for node, got in zip(site.outputs, evaluate_group(op, site, values), strict=True):
+                    wanted = values[node].double()
+                    assert (got.reshape(wanted.shape) - wanted).abs().max() < TOLERANCE[x.dtype] * (
+                        1 + wanted.abs().max()
+                    )
             if dynamic or not isinstance(op, MatmulFamily) or not eager.isfinite().all():
                 continue  # with symbolic sizes the static form is what is evaluated
             got = evaluate(op, site, values).reshape(eager.shape)
@@ -135,6 +141,42 @@ def test_linears_and_their_activations_match(leading, k, n, dtype, norm, act, pr
 
     matched = check(activated, *inputs(leading, k, n, dtype))
     assert "linear_epilogue" in {m.pattern for m in matched}
+
+
+@QUICK
+@given(
+    leading=SIZES, k=st.integers(2, 40), n=st.integers(2, 40), dtype=DTYPES, norm=st.none() | st.sampled_from(NORMS),
+    product=st.sampled_from(PRODUCTS), biased=st.booleans(), scaled=st.booleans(),
+    noise=st.lists(st.sampled_from(NOISE), min_size=3, max_size=3),
+)  # fmt: skip
+def test_projections_of_one_input_match(leading, k, n, dtype, norm, product, biased, scaled, noise):
+    def projections(x: Tensor, w: Weights) -> tuple[Tensor, ...]:
+        h = noise[0](_norm(norm, k)(x, w) if norm else x)
+        first, second = product(h, w.gate, w.gate_kn), product(h, w.up, w.up_kn)
+        return noise[1](first + w.b_gate if biased else first), noise[2](second * 0.5 if scaled else second)
+
+    x, w = inputs(leading, k, n, dtype)
+    matched = find_all(SemanticView(graph(projections, x, w)), PATTERNS)[0]
+    assert "qkv_projection" in {m.pattern for m in matched}
+    check(projections, x, w)
+
+
+@QUICK
+@given(
+    leading=SIZES, k=st.integers(2, 40), n=st.integers(2, 40), dtype=DTYPES, second=st.booleans(),
+    name=st.sampled_from(list(spell.EPILOGUES)), product=st.sampled_from(PRODUCTS),
+    noise=st.lists(st.sampled_from(NOISE), min_size=2, max_size=2),
+)  # fmt: skip
+def test_epilogues_are_what_eager_computes(leading, k, n, dtype, name, product, second, noise):
+    """A spelled epilogue, and behind it another linear whose residual it is, with a result read twice."""
+
+    def chain(x: Tensor, w: Weights) -> Any:
+        assume(n <= 2 * k)
+        h = noise[0](spell.EPILOGUES[name](x, w))
+        return (noise[1](product(x.tanh(), w.up, w.up_kn) + h), h.softmax(-1)) if second else h
+
+    x, w = inputs(leading or (1,), k, n, dtype)
+    check(chain, x, w)
 
 
 # ---- choices that may be wrong ------------------------------------------------------------------

@@ -17,7 +17,7 @@ import sympy
 import torch
 
 from ..candidates import Amount, Traffic
-from ..fused import Attention, MatmulFamily
+from ..fused import Attention, MatmulFamily, MatmulGroup
 from ..machine import Machine
 from .amounts import amount, at, ceil_div, greater, maximum, minimum, where
 from .efficiency import AttentionKernel, efficiency
@@ -59,16 +59,18 @@ def roofline(
 
 
 # ---- matmuls ------------------------------------------------------------------------------------
-def matmul_traffic(op: MatmulFamily) -> Traffic:
-    """One kernel for the whole family: x, weights, norm parameters and extras read once, the result written once."""
-    m, k, n = amount(op.m), amount(op.k), amount(op.n)
-    item = op.dtype.itemsize
-    sizes: dict[str, Amount] = {"full": m * n, "row": m, "col": n, "scalar": 1}
-    read = item * (m * k + op.weights * k * n)
-    read += sum((extra.dtype.itemsize * sizes[extra.kind] for extra in op.extras), 0)
-    if op.norm is not None:
-        read += item * k * (op.norm.has_weight + op.norm.has_bias)
-    return Traffic(2 * op.weights * m * k * n, read, op.out_dtype.itemsize * m * n, 1)
+def matmul_traffic(op: MatmulFamily | MatmulGroup) -> Traffic:
+    """One kernel for all of it: x, weights, norm parameters and extras read once, the results written once."""
+    norm, item, m, k = op.whole.norm, op.dtype.itemsize, amount(op.m), amount(op.whole.k)
+    shared = item * k * (m + (norm.has_weight + norm.has_bias if norm else 0))
+    total = Traffic(0, shared, 0, 1)
+    for part in op.parts:
+        n = amount(part.n)
+        sizes: dict[str, Amount] = {"full": m * n, "row": m, "col": n, "scalar": 1}
+        read = item * part.weights * k * n
+        read += sum((extra.dtype.itemsize * sizes[extra.kind] for extra in part.extras), 0)
+        total = total + Traffic(2 * part.weights * m * k * n, read, part.out_dtype.itemsize * m * n, 0)
+    return total
 
 
 def intensity(traffic: Traffic) -> Amount:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import Attention, FusedOp, MatmulFamily, RowReduction
+from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, RowReduction
 from ...machine import Machine
 from . import decode, flash, matmul, row_reduction
 
@@ -19,10 +19,11 @@ class TritonCodegen:
     name: str = "triton"
 
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
-        if isinstance(op, MatmulFamily):
-            if op.norm is not None and isinstance(op.k, int) and op.k < SHORTEST_NORM:
+        if isinstance(op, (MatmulFamily, MatmulGroup)):
+            k = op.whole.k
+            if op.whole.norm is not None and isinstance(k, int) and k < SHORTEST_NORM:
                 return Unavailable(
-                    f"a norm over K = {op.k}: the generated kernels sum {SHORTEST_NORM} neighbours in a thread"
+                    f"a norm over K = {k}: the generated kernels sum {SHORTEST_NORM} neighbours in a thread"
                 )
             return matmul.candidates(op, machine)
         if isinstance(op, RowReduction):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...fused import MatmulFamily
+from ...fused import MatmulFamily, MatmulGroup
 from .plans import Plan
 from .writer import KernelSource
 
@@ -32,10 +32,12 @@ class Resources:
     shared: int
 
 
-def compile_kernel(op: MatmulFamily, plan: Plan, source: KernelSource, target: Any) -> Any:
+def compile_kernel(op: MatmulFamily | MatmulGroup, plan: Plan, source: KernelSource, target: Any) -> Any:
     """`source` compiled for `target` (a `GPUTarget`) as `op` would launch it, with 16-byte aligned tensors."""
-    extras = {f"extra{j}": extra.dtype for j, extra in enumerate(op.extras)} | {"out": op.out_dtype}
-    tensors = {name: extras.get(name, op.dtype) for name in source.tensors}
+    extras = [extra.dtype for part in op.parts for extra in part.extras]
+    other = {f"extra{j}": dtype for j, dtype in enumerate(extras)}
+    other |= dict(zip(source.outputs, (part.out_dtype for part in op.parts), strict=True))
+    tensors = {name: other.get(name, op.dtype) for name in source.tensors}
     return compile_text(
         source.text, source.name, tensors, ["M"] if source.runtime_m else [], constexprs(op, plan), target,
         dict(source.blocks), num_warps=plan.num_warps, num_stages=plan.num_stages,
@@ -62,15 +64,16 @@ def compile_text(
 
 
 def constexprs(
-    op: MatmulFamily, plan: Plan, x_stride: int | None = None, w_stride: int | None = None
+    op: MatmulFamily | MatmulGroup, plan: Plan, x_stride: int | None = None, w_stride: int | None = None
 ) -> dict[str, int]:
     """The constexpr arguments of a kernel; the strides default to those of contiguous operands. A descriptor knows its
     own strides."""
+    whole = op.whole
     strides = {
-        "x_stride": int(op.k) if x_stride is None else x_stride,
-        "w_stride": int(op.n if op.weight_is_kn else op.k) if w_stride is None else w_stride,
+        "x_stride": int(whole.k) if x_stride is None else x_stride,
+        "w_stride": int(whole.n if whole.weight_is_kn else whole.k) if w_stride is None else w_stride,
     }
-    sizes = {"N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
+    sizes = {"N": int(whole.n), "K": int(whole.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
     return sizes if plan.kind == "tile" else strides | sizes
 
 

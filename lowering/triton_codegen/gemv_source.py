@@ -86,19 +86,25 @@ class Gemv(Writer):
                 assert self.op.norm is not None
                 self.emit(f"rstd_{r} = tl.rsqrt(tl.sum(squares_{r}, 0) / K + {literal(self.op.norm.eps)})")
                 self.emit(*(f"acc{i}_{r} = acc{i}_{r} * rstd_{r}" for i in range(self.op.weights)))
-            self.store(r)
+        self.finish_parts()
 
-    def store(self, r: int) -> None:
+    def store(self, p: int) -> None:
+        for r in range(self.rows):
+            self.store_row(p, r)
+
+    def store_row(self, p: int, r: int) -> None:
+        part, width = self.parts[p], self.width(p)
         n = "n.to(tl.int64)" if self.known.wide_output else "n"
         inside = [*self.bounds(r), *([] if self.known.even_n else ["n_in"])]
-        for j, extra in enumerate(self.op.extras):
+        for j, extra in enumerate(part.extras):
+            e = self.numbered(p, j)
             if extra.kind == "full":
-                self.emit(f"e{j} = tl.load(extra{j} + {r} * N + {n}{mask_argument(inside)}).to(tl.float32)")
+                self.emit(f"e{e} = tl.load(extra{e} + {r} * {width} + {n}{mask_argument(inside)}).to(tl.float32)")
             elif extra.kind == "row":
-                self.emit(f"e{j} = tl.load(extra{j} + {r}{mask_argument(self.bounds(r))}).to(tl.float32)")
+                self.emit(f"e{e} = tl.load(extra{e} + {r}{mask_argument(self.bounds(r))}).to(tl.float32)")
         lines, result = print_pointwise(
-            self.op.epilogue,
-            lambda leaf: f"acc{leaf.attr('index')}_{r}" if leaf.op == "acc" else f"e{leaf.attr('index')}",
+            part.epilogue,
+            lambda v: f"acc{v.attr('index')}_{r}" if v.op == "acc" else f"e{self.numbered(p, v.attr('index'))}",
             f"t{r}_",
         )
-        self.emit(*lines, f"tl.store(out + {r} * N + {n}, {result}{mask_argument(inside, '')})")
+        self.emit(*lines, f"tl.store({self.out(p)} + {r} * {width} + {n}, {result}{mask_argument(inside, '')})")

@@ -13,7 +13,7 @@ import torch
 from ...candidates import Candidate, Unavailable
 from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
-from ...fused import MatmulFamily, Site
+from ...fused import MatmulFamily, MatmulGroup, Site
 from ...machine import Machine
 from ...splice import load_kernel
 from . import footprint, predict, tiles
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
     from ...splice import Builder
 
+Matmuls = MatmulFamily | MatmulGroup
 ROW_LIMITS = (4, 16, 64)  # where M is symbolic: one kernel serves 1..limit rows
 TILED_ROWS = (128, 512, 4096)  # and the tiles that are best for so many serve any number
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavailable:
+def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
     """The best plan of each kind for each range of M, cheapest first."""
     refusal = _refusal(op, machine)
     if refusal is not None:
@@ -52,13 +53,13 @@ def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavaila
     return sorted(found, key=lambda c: float(sympy.sympify(c.seconds).subs(few)))
 
 
-def plausible_plans(op: MatmulFamily, machine: Machine, rows: int, within: float = 1.15) -> list[Plan]:
+def plausible_plans(op: Matmuls, machine: Machine, rows: int, within: float = 1.15) -> list[Plan]:
     """The plans predicted within a factor of the fastest, fastest first: what autotuning would measure."""
     timed = sorted(_predicted(op, machine, rows), key=lambda pair: pair[0])
     return [plan for seconds, plan in timed if seconds <= within * timed[0][0]]
 
 
-def best_plans(op: MatmulFamily, machine: Machine, rows: int) -> list[Plan]:
+def best_plans(op: Matmuls, machine: Machine, rows: int) -> list[Plan]:
     """The fastest predicted plan of each kind for up to `rows` rows."""
     best: dict[str, tuple[float, Plan]] = {}
     for seconds, plan in _predicted(op, machine, rows):
@@ -67,37 +68,40 @@ def best_plans(op: MatmulFamily, machine: Machine, rows: int) -> list[Plan]:
     return [plan for _, plan in best.values()]
 
 
-def _predicted(op: MatmulFamily, machine: Machine, rows: int) -> list[tuple[float, Plan]]:
+def _predicted(op: Matmuls, machine: Machine, rows: int) -> list[tuple[float, Plan]]:
     moved = float(sympy.sympify(_moved(op)).subs(amount(op.m), rows))
-    return [(predict.seconds(op, plan, machine, moved, rows), plan) for plan in predict.plans(op, machine, rows)]
+    whole = op.whole
+    # one descriptor cannot stand for several weights
+    plans = (p for p in predict.plans(whole, machine, rows) if p.kind != "tile" or len(op.parts) == 1)
+    return [(predict.seconds(whole, plan, machine, moved, rows), plan) for plan in plans]
 
 
-def _moved(op: MatmulFamily) -> Any:
+def _moved(op: Matmuls) -> Any:
     traffic = matmul_traffic(op)
     return traffic.bytes_read + traffic.bytes_written
 
 
-def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
+def _refusal(op: Matmuls, machine: Machine) -> str | None:
     if machine.kind == "cpu":
         return "Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor"
     if op.dtype not in DTYPES:
         return f"the generator makes kernels for bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
-    if not isinstance(amount(op.k), int) or not isinstance(amount(op.n), int):
+    if not all(isinstance(amount(size), int) for part in op.parts for size in (part.k, part.n)):
         return "K and N are symbolic: mark only the rows of the input as dynamic"
-    return unsupported(op.epilogue)
+    return next(filter(None, (unsupported(part.epilogue) for part in op.parts)), None)
 
 
-def _no_plan(op: MatmulFamily, machine: Machine) -> str:
+def _no_plan(op: Matmuls, machine: Machine) -> str:
     m = amount(op.m)
     if isinstance(m, int) and m > predict.MOST_ROWS:
-        why = tiles.refusal(op, machine)
+        why = "linears with a result each are not" if len(op.parts) > 1 else tiles.refusal(op.whole, machine)
         return f"M = {m}: beyond {predict.MOST_ROWS} rows kernels are tiled, and {why or 'no tile fits this machine'}"
     return f"no plan for {m} rows of {op.dtype} fits {machine.name} ({machine.arch})"
 
 
-def _candidate(op: MatmulFamily, machine: Machine, plan: Plan, rows: Any) -> Candidate:
+def _candidate(op: Matmuls, machine: Machine, plan: Plan, rows: Any) -> Candidate:
     """`rows`: the most that the plan serves; of tiles, which serve any number, the number there is."""
     m = amount(op.m)
     symbolic = not isinstance(m, int)
@@ -105,13 +109,13 @@ def _candidate(op: MatmulFamily, machine: Machine, plan: Plan, rows: Any) -> Can
         name=f"triton_{plan.kind}",
         kernel=f"triton {plan.label}",
         traffic=matmul_traffic(op),
-        seconds=predict.seconds(op, plan, machine, _moved(op) if symbolic else float(_moved(op)), rows),
+        seconds=predict.seconds(op.whole, plan, machine, _moved(op) if symbolic else float(_moved(op)), rows),
         emit=functools.partial(emit, op, plan),
         valid=sympy.Le(m, rows) if symbolic and plan.kind != "tile" else True,
         details=(
             ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k), ("num_warps", plan.num_warps),
-            ("num_stages", plan.num_stages), *([] if symbolic else [("blocks", plan.programs(int(op.m), int(op.n)))]),
-            ("blocks_per_sm", footprint.resident_blocks(op, plan, machine)),
+            ("num_stages", plan.num_stages), *([] if symbolic else [("blocks", programs(op, plan))]),
+            ("blocks_per_sm", footprint.resident_blocks(op.whole, plan, machine)),
         ),
     )  # fmt: skip
 
@@ -121,38 +125,49 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def emit(op: MatmulFamily, plan: Plan, builder: Builder, site: Site) -> Node:
-    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
+def programs(op: Matmuls, plan: Plan) -> int:
+    """How many programs a launch has: no block of columns belongs to two results."""
+    return sum(plan.programs(int(op.m), int(part.n)) for part in op.parts)
+
+
+def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
+    """Adds the kernel of `plan` to the graph; returns what takes the place of the output, or of each of several."""
     source = write(op, plan, facts(op, plan, float32_precision()))
-    value = site.output.meta["val"]
-    out = builder.empty(list(value.shape), op.out_dtype, value.device)
+    values = [output.meta["val"] for output in site.outputs]
+    outs = [builder.empty(list(v.shape), p.out_dtype, v.device) for v, p in zip(values, op.parts, strict=True)]
     operands, strides = (_described if plan.kind == "tile" else _strided)(op, builder, site)
-    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, out], strict=True))
+    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, *outs], strict=True))
     if source.runtime_m:
         arguments["M"] = op.m
     arguments |= constexprs(op, plan, *strides)
-    columns = math.ceil(int(op.n) / plan.block_n)
+    columns = sum(math.ceil(int(part.n) / plan.block_n) for part in op.parts)
     rows = builder.ceil_div(op.m, plan.rows) if plan.kind == "tile" else 1
     blocks = rows * columns if isinstance(rows, int) else builder.call(operator.mul, rows, columns)
     launched = builder.triton(
-        load_kernel(source.text, source.name), [blocks], arguments, ["out"],
+        load_kernel(source.text, source.name), [blocks], arguments, list(source.outputs),
         num_warps=plan.num_warps, num_stages=plan.num_stages, blocks=dict(source.blocks),
     )  # fmt: skip
-    return launched["out"]
+    made = tuple(launched[name] for name in source.outputs)
+    return made if len(made) > 1 else made[0]
 
 
-def _first_weight(op: MatmulFamily) -> int:
-    """The position of the first weight among a site's operands."""
-    return 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
+def _weights(op: Matmuls) -> list[int]:
+    """The positions of the weights among a site's operands."""
+    norm, found = op.whole.norm, []
+    at = 1 + (norm is not None and norm.has_weight) + (norm is not None and norm.has_bias)
+    for part in op.parts:
+        found += range(at, at + part.weights)
+        at += part.weights + len(part.extras)
+    return found
 
 
-def _strided(op: MatmulFamily, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
+def _strided(op: Matmuls, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
     """The operands as tensors, with the distances between rows of x and of the weights."""
     operands = list(site.operands)
-    x_stride, operands[0] = _rows(builder, operands[0], int(op.k))
-    first, strides = _first_weight(op), set()
+    x_stride, operands[0] = _rows(builder, operands[0], int(op.whole.k))
+    weights, strides = _weights(op), set()
     for i in range(1, len(operands)):
-        if first <= i < first + op.weights:
+        if i in weights:
             # a packed weight is passed whole: the kernel itself starts at its features
             stride, operands[i] = _rows(builder, operands[i], int(operands[i].meta["val"].shape[-1]))
             strides.add(stride)
@@ -163,15 +178,14 @@ def _strided(op: MatmulFamily, builder: Builder, site: Site) -> tuple[list[Node]
     return operands, (x_stride, strides.pop())
 
 
-def _described(op: MatmulFamily, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
+def _described(op: Matmuls, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
     """The operands as descriptors and tensors."""
-    operands = list(site.operands)
-    operands[0] = builder.described(operands[0], (op.m, op.k))
-    first = _first_weight(op)
+    operands, weights = list(site.operands), _weights(op)
+    operands[0] = builder.described(operands[0], (op.m, op.whole.k))
     for i in range(1, len(operands)):
-        if i < first:
-            operands[i] = builder.described(operands[i], (op.k,))
-        elif i < first + op.weights:
+        if i < weights[0]:
+            operands[i] = builder.described(operands[i], (op.whole.k,))
+        elif i in weights:
             *_, rows, columns = operands[i].meta["val"].shape
             operands[i] = builder.described(operands[i], (rows, columns))
         else:

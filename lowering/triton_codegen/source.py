@@ -12,7 +12,7 @@ In float16 a matrix unit would be fed x·g, which can overflow where eager's nor
 
 from __future__ import annotations
 
-from ...fused import MatmulFamily
+from ...fused import MatmulFamily, MatmulGroup
 from .gemv_source import Gemv
 from .plans import Plan
 from .swap_source import Swap
@@ -22,19 +22,20 @@ from .writer import Facts, KernelSource
 INT32_ELEMENTS = 2**31
 
 
-def facts(op: MatmulFamily, plan: Plan, input_precision: str = "ieee") -> Facts:
+def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ieee") -> Facts:
     m = op.m if isinstance(op.m, int) else None
-    k, n = int(op.k), int(op.n)
+    whole = op.whole
+    k, n = int(whole.k), int(whole.n)
     return Facts(
         m=m,
-        even_n=n % plan.block_n == 0,
+        even_n=all(int(part.n) % plan.block_n == 0 for part in op.parts),
         even_k=k % plan.block_k == 0,
-        wide_weight=(n + max(op.features, default=0)) * k >= INT32_ELEMENTS,
+        wide_weight=(n + max(whole.features, default=0)) * k >= INT32_ELEMENTS,
         wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.kind == "tile" and m is None),
         input_precision=input_precision,
     )
 
 
-def write(op: MatmulFamily, plan: Plan, known: Facts) -> KernelSource:
+def write(op: MatmulFamily | MatmulGroup, plan: Plan, known: Facts) -> KernelSource:
     """The kernel that computes `op` by `plan`."""
     return {"gemv": Gemv, "swap": Swap, "tile": Tile}[plan.kind](op, plan, known).write()

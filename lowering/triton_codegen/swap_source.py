@@ -114,16 +114,23 @@ class Swap(Writer):
                 self.emit("squares = tl.where(m[:, None] == m[None, :], squares, 0.0)")
             self.emit(f"rstd = tl.rsqrt(tl.sum(squares, 1) / K + {literal(self.op.norm.eps)})")
             self.emit(*(f"acc{i} = acc{i} * rstd[None, :]" for i in range(self.op.weights)))
+        self.finish_parts()
+
+    def store(self, p: int) -> None:
+        part = self.parts[p]
         m = "m.to(tl.int64)" if self.known.wide_output else "m"
-        at = f"{m}[None, :] * N + n[:, None]"
+        at = f"{m}[None, :] * {self.width(p)} + n[:, None]"
         rows = [] if self.all_rows else ["m_in"]
         inside = [*(f"{row}[None, :]" for row in rows), *([] if self.known.even_n else ["n_in[:, None]"])]
-        for j, extra in enumerate(self.op.extras):
+        for j, extra in enumerate(part.extras):
+            e = self.numbered(p, j)
             if extra.kind == "full":
-                self.emit(f"e{j} = tl.load(extra{j} + {at}{mask_argument(inside)}).to(tl.float32)")
+                self.emit(f"e{e} = tl.load(extra{e} + {at}{mask_argument(inside)}).to(tl.float32)")
             elif extra.kind == "row":
-                self.emit(f"e{j} = tl.load(extra{j} + m{mask_argument(rows)}).to(tl.float32)[None, :]")
+                self.emit(f"e{e} = tl.load(extra{e} + m{mask_argument(rows)}).to(tl.float32)[None, :]")
         lines, result = print_pointwise(
-            self.op.epilogue, lambda leaf: f"{'acc' if leaf.op == 'acc' else 'e'}{leaf.attr('index')}", "t"
+            part.epilogue,
+            lambda v: f"acc{v.attr('index')}" if v.op == "acc" else f"e{self.numbered(p, v.attr('index'))}",
+            "t",
         )
-        self.emit(*lines, f"tl.store(out + {at}, {result}{mask_argument(inside, '')})")
+        self.emit(*lines, f"tl.store({self.out(p)} + {at}, {result}{mask_argument(inside, '')})")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ...fused import MatmulFamily
+from ...fused import MatmulFamily, MatmulGroup
 from .plans import Plan
 from .pointwise import literal
 
@@ -17,7 +17,7 @@ STATISTICS_ELEMENTS = 64  # of x per thread and step of the pass that computes m
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A Triton module's text, the kernel's name in it, and the names of its tensor arguments (the output last).
+    """A Triton module's text, the kernel's name in it, and the names of its tensor arguments (the outputs last).
 
     Further arguments are `M` where `runtime_m`, then the constexprs of `aot.constexprs`. `blocks` names the tensors
     that the kernel reads through a descriptor, with the block that each load brings.
@@ -27,6 +27,7 @@ class KernelSource:
     name: str
     tensors: tuple[str, ...]
     runtime_m: bool
+    outputs: tuple[str, ...]
     blocks: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
@@ -61,19 +62,18 @@ class Writer:
     axis = ""  # suffix that makes a vector over n broadcast against the accumulator
     constants: tuple[str, ...] = ("x_stride", "w_stride", "N", "K", "BLOCK_N", "BLOCK_K")
 
-    def __init__(self, op: MatmulFamily, plan: Plan, known: Facts) -> None:
-        self.op, self.plan, self.known = op, plan, known
+    def __init__(self, op: MatmulFamily | MatmulGroup, plan: Plan, known: Facts) -> None:
+        self.op, self.parts, self.plan, self.known = op.whole, op.parts, plan, known
         self.lines: list[str] = []
         self.level = 1
-        self.mode = norm_mode(op, plan)
-        norm = op.norm
+        self.mode = norm_mode(self.op, plan)
+        norm = self.op.norm
         self.tensors = (
             "x",
             *(["norm_weight"] if norm and norm.has_weight else []),
             *(["norm_bias"] if norm and norm.has_bias else []),
-            *(f"w{i}" for i in range(op.weights)),
-            *(f"extra{j}" for j in range(len(op.extras))),
-            "out",
+            *(name for p in range(len(self.parts)) for name in self.read_by(p)),
+            *(self.out(p) for p in range(len(self.parts))),
         )
 
     def emit(self, *lines: str) -> None:
@@ -82,7 +82,8 @@ class Writer:
     def write(self) -> KernelSource:
         runtime_m = self.known.m is None
         norm = [f"{self.op.norm.kind}_norm"] if self.op.norm else []
-        name = "_".join([*norm, f"linear{self.op.weights}", self.plan.kind])
+        linears = f"linear{self.op.weights}" if not self.several else f"linears{len(self.parts)}"
+        name = "_".join([*norm, linears, self.plan.kind])
         signature = [*self.tensors, *(["M"] if runtime_m else [])]
         signature += [f"{c}: tl.constexpr" for c in self.constants]
         self.indices()
@@ -101,7 +102,8 @@ class Writer:
         head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}("]
         head += [f"{INDENT}{argument}," for argument in signature] + ["):"]
         text = "\n".join([*head, *self.lines]) + "\n"
-        return KernelSource(text, name, self.tensors, runtime_m, tuple(self.blocks().items()))
+        outputs = self.tensors[-len(self.parts) :]
+        return KernelSource(text, name, self.tensors, runtime_m, outputs, tuple(self.blocks().items()))
 
     def blocks(self) -> dict[str, tuple[int, ...]]:
         """The blocks of tensors that are read through descriptors."""
@@ -120,11 +122,54 @@ class Writer:
     def finish(self) -> None:
         raise NotImplementedError
 
+    # ---- several results --------------------------------------------------------------------
+    @property
+    def several(self) -> bool:
+        return len(self.parts) > 1
+
+    def numbered(self, p: int, j: int) -> int:
+        """The number that the j-th extra of part p has among all extras."""
+        return sum(len(part.extras) for part in self.parts[:p]) + j
+
+    def read_by(self, p: int) -> list[str]:
+        """The names of the weights and extras of part p."""
+        part = self.parts[p]
+        weights = [f"w{p + i}" for i in range(part.weights)]
+        return [*weights, *(f"extra{self.numbered(p, j)}" for j in range(len(part.extras)))]
+
+    def out(self, p: int) -> str:
+        return f"out{p}" if self.several else "out"
+
+    def width(self, p: int) -> str:
+        """Columns of a result."""
+        return str(self.parts[p].n) if self.several else "N"
+
+    def finish_parts(self) -> None:
+        """Every result's epilogue, of which a block needs the one of its own part."""
+        for p in range(len(self.parts)):
+            if self.several:
+                self.emit(f"if part == {p}:")
+                self.level += 1
+            self.store(p)
+            self.level -= self.several
+
+    def store(self, p: int) -> None:
+        raise NotImplementedError
+
     # ---- pieces in common -------------------------------------------------------------------
     def indices(self) -> None:
-        self.emit("n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)")
+        if self.several:
+            self.emit("block = tl.program_id(0)", f"w, part, first, width = w0, 0, 0, {self.parts[0].n}")
+            before = []
+            for p, part in enumerate(self.parts[1:], 1):
+                before.append(f"tl.cdiv({self.parts[p - 1].n}, BLOCK_N)")
+                begin = " + ".join(before)
+                self.emit(f"if block >= {begin}:", f"{INDENT}w, part, first, width = w{p}, {p}, {begin}, {part.n}")
+            self.emit("n = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)")
+        else:
+            self.emit("n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)")
         if not self.known.even_n:
-            self.emit("n_in = n < N")
+            self.emit(f"n_in = n < {'width' if self.several else 'N'}")
 
     def load_weights(self) -> None:
         """Weights are read once and never again, so they leave the caches first."""
@@ -136,7 +181,9 @@ class Writer:
             offset = f"{n}{wide}[:, None] * w_stride + k[None, :]"
             if self.op.weight_is_kn:
                 offset = f"k{wide}[None, :] * w_stride + {n}[:, None]"
-            self.emit(f'w{i}_tile = tl.load(w{i} + {offset}{mask_argument(inside)}, eviction_policy="evict_first")')
+            pointer = "w" if self.several else f"w{i}"
+            line = f'tl.load({pointer} + {offset}{mask_argument(inside)}, eviction_policy="evict_first")'
+            self.emit(f"w{i}_tile = {line}")
 
     def load_norm(self) -> None:
         """g and b along K as `g` and `b`. Past K they may be anything: there the weights are 0."""
@@ -164,13 +211,16 @@ class Writer:
 
     def hoisted_extras(self) -> None:
         """Column and scalar extras, loaded before the loop so that their latency hides under it."""
-        mask = mask_argument([] if self.known.even_n else ["n_in"])
-        for j, extra in enumerate(self.op.extras):
-            if extra.kind == "col":
-                first = f"{extra.first} + " if extra.first else ""
-                self.emit(f"e{j} = tl.load(extra{j} + {first}n{mask}).to(tl.float32){self.axis}")
-            elif extra.kind == "scalar":
-                self.emit(f"e{j} = tl.load(extra{j}).to(tl.float32)")
+        for p, part in enumerate(self.parts):
+            mine = [f"(part == {p})"] if self.several else []
+            mask = mask_argument([*mine, *([] if self.known.even_n else ["n_in"])])
+            for j, extra in enumerate(part.extras):
+                number = self.numbered(p, j)
+                if extra.kind == "col":
+                    first = f"{extra.first} + " if extra.first else ""
+                    self.emit(f"e{number} = tl.load(extra{number} + {first}n{mask}).to(tl.float32){self.axis}")
+                elif extra.kind == "scalar":
+                    self.emit(f"e{number} = tl.load(extra{number}).to(tl.float32)")
 
 
 def mask_argument(bounds: list[str], other: str = ", other=0.0") -> str:

@@ -1,0 +1,43 @@
+"""What a fused kernel cuts apart: the loops that Inductor would have run in one kernel with the end of the fused nodes.
+
+A residual added behind a linear costs Inductor next to nothing where a norm of the sum follows, for the norm's kernel
+does it on the way; a fused kernel that ends with the sum leaves the norm a kernel of its own all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch.fx import Node
+
+from .candidates import Amount
+from .cost.amounts import maximum
+from .cost.baseline import inductor_plan
+from .cost.node_work import readers_of
+from .fused import Site
+from .machine import Machine
+from .row_reduction import is_pointwise
+
+MOST = 32  # nodes that follow; a longer chain is another kernel by then
+
+
+def severed_seconds(site: Site, taken: Sequence[Collection[Node]], machine: Machine) -> Amount:
+    """Seconds that Inductor saves by running the loops of `site` and those that read its results together.
+
+    `taken` are the nodes that each of the fusions chosen so far takes away. They follow no longer, unless the fusion
+    and this one exclude each other.
+    """
+    inside = set(site.interior)
+    gone = {n for nodes in taken if not any(n in inside for n in nodes) for n in nodes}
+    behind: dict[Node, None] = {}
+    front = list(site.outputs)
+    while front and len(behind) < MOST:
+        for reader in readers_of(front.pop()):
+            if reader not in inside and reader not in gone and reader not in behind and is_pointwise(reader):
+                behind[reader] = None
+                front.append(reader)
+    loops = [n for n in site.interior if is_pointwise(n)]
+    if not behind or not loops:
+        return 0.0
+    apart = inductor_plan(loops, machine).seconds + inductor_plan(sorted(behind), machine).seconds
+    return maximum(0.0, apart - inductor_plan(sorted([*loops, *behind]), machine).seconds)

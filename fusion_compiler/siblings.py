@@ -1,0 +1,131 @@
+"""Finds linears that read one and the same input and give a result each, as the projections to q, k and v do.
+
+Their widths may differ, each may have a bias or another epilogue that reads no tensor of the rows, and a norm in front
+is folded in. Packed weights are one linear already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from . import matmul_family
+from .algebra import Value
+from .fused import MatmulFamily, MatmulGroup, Site
+from .linear_chains import chains
+from .match import Match, NearMiss
+from .matmul_family import Family
+from .semantics import SemanticView
+from .shapes import extent
+from .sites import outputs_of, site_of
+
+PATTERN = "qkv_projection"
+MOST = 8  # results that are all written before the first is read; layers that share an encoder's output are more
+STORED = (
+    "it reads the same input as other linears, but its weight is stored otherwise ({}); weights of one layout and one "
+    "distance between their rows would share a kernel"
+)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One linear that might share a kernel: the ways to see it, with its norm folded in first where it has one."""
+
+    families: tuple[Family, ...]
+
+    @property
+    def op(self) -> MatmulFamily:
+        return self.families[-1].op
+
+    @property
+    def output(self) -> Node:
+        return self.families[-1].site.output
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.families[-1].site.operands[1].meta["val"]  # type: ignore[no-any-return]
+
+    @property
+    def layout(self) -> Hashable:
+        """What has to agree for one kernel to read all weights."""
+        return self.op.weight_is_kn, extent(self.weight.stride()[-2]) if self.weight.dim() > 1 else 1
+
+
+def find_siblings(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
+    """Every input that several linears read, and the linears among its readers whose weights are stored otherwise."""
+    readers: dict[Value, list[_Linear]] = {}
+    for linear in view.linears():
+        found = _linear(view, linear)
+        if found is not None:
+            readers.setdefault(linear.args[0], []).append(found)
+    matches, near_misses = [], []
+    for linears in readers.values():
+        groups: dict[Hashable, list[_Linear]] = {}
+        for one in linears:
+            groups.setdefault((one.op.dtype, extent(one.op.m), one.layout), []).append(one)
+        largest = max(groups.values(), key=len)
+        together = _in_time(largest)
+        if 1 < len(together) <= MOST:
+            matches.append(_match(view, together))
+        for group in groups.values():
+            if group is not largest and group[0].op.dtype == largest[0].op.dtype:
+                near_misses += [NearMiss(PATTERN, g.output, _stored(g), g.output) for g in group]
+    return matches, near_misses
+
+
+def _in_time(linears: Sequence[_Linear]) -> list[_Linear]:
+    """Without those that read what is only computed after another of the results is read."""
+    first = min((user for one in linears for user in one.output.users), default=None)
+    early = [one for one in linears if first is None or all(n < first for n in one.families[-1].site.operands)]
+    return early if len(early) == len(linears) else _in_time(early)
+
+
+def _stored(linear: _Linear) -> str:
+    way = "[in, out]" if linear.op.weight_is_kn else "[out, in]"
+    return STORED.format(f"{way}, rows {linear.weight.stride()[-2]} apart")
+
+
+def _linear(view: SemanticView, linear: Value) -> _Linear | None:
+    """The longest chain behind a linear that reads no tensor of the rows."""
+    for chain in chains(view, linear):
+        root = view.value(chain.root)
+        output = next((n for n in outputs_of(view, root) if n in chain.inside), None)
+        families = matmul_family.build(view, root, output, chain.border) if output is not None else ""
+        if not isinstance(families, str) and not any(_of_rows(families[-1])) and not families[-1].op.features:
+            return _Linear(tuple(families))
+    return None
+
+
+def _of_rows(family: Family) -> Iterator[bool]:
+    """For each extra, whether it may be computed from another of the linears."""
+    for extra, node in zip(family.op.extras, family.site.operands[2:], strict=True):
+        yield extra.kind in ("full", "row") and node.op == "call_function"
+
+
+def _match(view: SemanticView, linears: Sequence[_Linear]) -> Match:
+    ordered = sorted(linears, key=lambda one: one.output, reverse=True)
+    folded = [one.families[0] for one in ordered]
+    plain = [one.families[-1] for one in ordered]
+    forms = [plain]
+    heads = {f.site.operands[: _head(f.op)] for f in folded}
+    if all(f.op.norm is not None for f in folded) and len(heads) == 1 and len({f.op.norm for f in folded}) == 1:
+        forms.insert(0, folded)
+    made = [_joined(view, form) for form in forms]
+    (op, site), *others = made
+    prologue = forms[0][0].prologue
+    return Match(PATTERN, op, site, tuple(others), prologue)
+
+
+def _head(op: MatmulFamily) -> int:
+    """Operands before the weights."""
+    return 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
+
+
+def _joined(view: SemanticView, form: Sequence[Family]) -> tuple[MatmulGroup, Site]:
+    head = form[0].site.operands[: _head(form[0].op)]
+    tails = [n for f in form for n in f.site.operands[_head(f.op) :]]
+    output, *others = (f.site.output for f in form)
+    return MatmulGroup(form[0].op.m, tuple(f.op for f in form)), site_of(view, output, (*head, *tails), tuple(others))
