@@ -92,7 +92,8 @@ def _weights(match: Match) -> tuple[Node, ...]:
     op = match.op
     if not isinstance(op, (MatmulFamily, MatmulGroup)) or op.whole.norm is None:
         return ()
-    at, found = 1 + op.whole.norm.has_weight + op.whole.norm.has_bias, []
+    found: list[Node] = []
+    at = 1 + op.whole.norm.has_weight + op.whole.norm.has_bias
     for part in op.parts:
         found += match.site.operands[at : at + part.weights]
         at += part.weights + len(part.extras)

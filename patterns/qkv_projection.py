@@ -23,7 +23,7 @@ def projections(x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, norm: 
 
 def behind_a_norm(x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, norm: Tensor) -> Tensors:
     h = F.rms_norm(x, (8,), norm, 1e-5)
-    return F.linear(h, q, bias).unflatten(-1, (2, 6)).transpose(-2, -3), h @ k.T, F.linear(h, v)
+    return F.linear(h, q, bias).view(*x.shape[:-1], 2, 6).transpose(-2, -3), h @ k.T, F.linear(h, v)
 
 
 def gate_and_up(x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, norm: Tensor) -> Tensors:

@@ -153,7 +153,8 @@ def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[
 
 def _weights(op: Matmuls) -> list[int]:
     """The positions of the weights among a site's operands."""
-    norm, found = op.whole.norm, []
+    norm = op.whole.norm
+    found: list[int] = []
     at = 1 + (norm is not None and norm.has_weight) + (norm is not None and norm.has_bias)
     for part in op.parts:
         found += range(at, at + part.weights)
