@@ -234,6 +234,38 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class RopeCache:
+    """What stands before an attention with a static cache: q and k turned, k and v written where new tokens belong.
+
+    q [B, H, L, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], the caches [B, Hkv, S, D] and [B, Hkv, S, Dv]; "out" are the
+    turned queries. What of "q", "k" and "out" `tokens_first` names stands as [B, L, heads, D]; cos and sin broadcast to
+    the shape of q, as [B, L, heads, D] where it names "angles", or to half of its last axis. The halves (a, b) of D, or
+    its even and odd elements where `interleaved`, become (a·cos − b·sin, b·cos + a·sin), after a norm of each head
+    where there is one. Token t goes to position `offset` + scalar + t, or to the t-th of the indices where `indexed`.
+
+    Operands of a site, in this order: q, k, v, cos, sin, key cache, value cache, the scalar or indices [L], [norm
+    weight of q], [norm weight of k]. `results` names what the site's outputs are, in their order: "out", "keys",
+    "values".
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    cache_length: int
+    head_dim: int
+    v_dim: int
+    results: tuple[str, ...]
+    dtype: torch.dtype
+    interleaved: bool = False
+    tokens_first: frozenset[str] = frozenset()
+    indexed: bool = False
+    offset: int = 0
+    q_norm: RowNorm | None = None
+    k_norm: RowNorm | None = None
+
+
+@dataclass(frozen=True)
 class Declared:
     """What a pattern's own function computes of these arguments; only kernels registered for the pattern compute it.
 
@@ -257,7 +289,7 @@ class Declared:
     respelled: str = ""  # says how, where the function itself is a better spelling of what stands in the graph
 
 
-FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | Declared
+FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | RopeCache | Declared
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .norm import norm
 from .norm_linear import norm_linear
 from .qkv_projection import qkv_projection
 from .rope import rope
+from .rope_cache import rope_cache
 from .softmax import softmax
 
 BUILTIN: tuple[AnyPattern, ...] = (
@@ -30,6 +31,7 @@ BUILTIN: tuple[AnyPattern, ...] = (
     add_norm,
     softmax,
     rope,
+    rope_cache,
 )
 
 sys.modules[__name__].__class__ = PatternPackage

@@ -23,7 +23,10 @@ WIRING = {f"fusion_compiler.{m}" for m in ("backend", "capture", "cli", "registr
 # What a pattern may be written with: the vocabulary, and the recognisers of what a plain function cannot express.
 VOCABULARY = {
     f"fusion_compiler.{m}"
-    for m in ("algebra", "attention", "fused", "linear_epilogue", "match", "pattern", "rope", "semantics", "siblings")
+    for m in (
+        *("algebra", "attention", "fused", "linear_epilogue", "match", "pattern", "rope", "rope_cache", "semantics"),
+        "siblings",
+    )
 }
 # Imported inside functions only, so that a machine without them can still load the compiler.
 LAZY = {

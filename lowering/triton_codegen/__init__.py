@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, RowReduction
+from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, RopeCache, RowReduction
 from ...machine import Machine
-from . import decode, flash, matmul, row_reduction
+from . import decode, flash, matmul, rope_cache, row_reduction
 
 SHORTEST_NORM = 8
 
@@ -28,6 +28,8 @@ class TritonCodegen:
             return matmul.candidates(op, machine)
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
+        if isinstance(op, RopeCache):
+            return rope_cache.candidates(op, machine)
         if isinstance(op, Attention):
             return _either(decode.candidates(op, machine), flash.candidates(op, machine))
         return []

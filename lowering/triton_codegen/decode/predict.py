@@ -1,6 +1,6 @@
 """Predicted time of split-KV decode attention, and the plans worth predicting.
 
-seconds = start + step + ‖(memory, chain)‖₇ + (waves − 1) · wave + gather + launch
+seconds = start + step + ‖(memory, chain)‖₇ + ramp · (1 − 1 / steps) + (waves − 1) · wave + gather + launch
 memory  = bytes / (bandwidth · reached)
 chain   = (waves · steps of a program − 1) · step: a program waits for its tiles, computes, asks for the next
 step    = base + bytes of a tile + latency of the memory, hidden by pipeline stages, + work of the programs that share
@@ -38,7 +38,7 @@ TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the m
 WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
 WARPS_PER_SM = 64
 MOST_SPLITS = 128
-PER_SM = (1, 2)  # programs per SM that a number of splits aims at
+PER_SM = (0.5, 1)  # programs per SM that a number of splits aims at: more were slower
 TILE_ROWS = 64
 FEWEST_ROWS = {"cuda": 8, "rocm": 16}  # narrowest operand of the matrix units
 HINT = 4096  # keys that a plan is made for where their number is symbolic
@@ -52,6 +52,7 @@ class Constants:
     product: float  # per multiply-add of rows beyond eight
     latency: float
     wave: float
+    ramp: float  # until memory is as busy as it gets, where a program takes several steps
     reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
     ordinary_fraction: float
     gather: float
@@ -132,14 +133,16 @@ def seconds(op: Attention, plan: Plan, machine: Machine, keys: Amount) -> Amount
         work = flops / (machine.vector_flops / machine.num_sms * known.ordinary_fraction)
     step = known.step + known.step_byte * tile_bytes(op, plan.block) + known.latency / (plan.num_stages - 1)
     step = step + work * together
-    chain = (waves * ceil_div(blocks, active) - 1) * step
+    steps = waves * ceil_div(blocks, active)
+    chain = (steps - 1) * step
     moved = op.dtype.itemsize * pairs * keys * (op.head_dim + op.v_dim)
     memory = moved / (machine.memory_bandwidth * known.reached)
     total = known.start + step + _softly(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
+    total = total + known.ramp * (1 - 1 / steps)
     if plan.splits > 1:
         rows, splits = gathered(op, plan)
-        steps = ceil_div(active, splits) * math.ceil(min(plan.rows, query_rows(op)) / rows)
-        total = total + known.gather + known.gather_step * steps
+        rounds = ceil_div(active, splits) * math.ceil(min(plan.rows, query_rows(op)) / rows)
+        total = total + known.gather + known.gather_step * rounds
     return total
 
 

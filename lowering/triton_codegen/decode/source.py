@@ -211,8 +211,9 @@ class _Split(Writer):
         self.emit(f"for first in range(0, active, {splits}):")
         self.level += 1
         self.emit(f"part = first + tl.arange(0, {splits})")
-        self.emit(f"held = (part < active)[:, None] & (row_e < {self.rows})[None, :]")
-        self.emit(f"slots = (pair.to(tl.int64) * {plan.splits} + part)[:, None] * {self.rows} + row_e[None, :]")
+        # rows before splits: a warp takes rows of its own, and a thread adds up all splits of its columns
+        self.emit(f"held = (row_e < {self.rows})[:, None] & (part < active)[None, :]")
+        self.emit(f"slots = (pair.to(tl.int64) * {plan.splits} + part)[None, :] * {self.rows} + row_e[:, None]")
         column = self.column_bound("c", width, "[None, None, :]")
         tile = f"held[:, :, None]{f' & {column}' if column else ''}"
         for name, at, inside, other in (
@@ -221,11 +222,11 @@ class _Split(Writer):
             ("acc_part", f"partial + slots[:, :, None] * {width} + c[None, None, :]", tile, "0.0"),
         ):
             self.emit(f'{name} = tl.load({at}, mask={inside}, other={other}, cache_modifier=".cg")')
-        self.emit("m_all = tl.maximum(m_e, tl.max(m_part, 0))")
+        self.emit("m_all = tl.maximum(m_e, tl.max(m_part, 1))")
         self.emit('base_e = tl.where(m_all == float("-inf"), 0.0, m_all)')
-        self.emit(f"shrink = {self.exp('m_e - base_e')}", f"weight = {self.exp('m_part - base_e[None, :]')}")
-        self.emit("m_e = m_all", "total_e = total_e * shrink + tl.sum(l_part * weight, 0)")
-        self.emit("acc_e = acc_e * shrink[:, None] + tl.sum(acc_part * weight[:, :, None], 0)")
+        self.emit(f"shrink = {self.exp('m_e - base_e')}", f"weight = {self.exp('m_part - base_e[:, None]')}")
+        self.emit("m_e = m_all", "total_e = total_e * shrink + tl.sum(l_part * weight, 1)")
+        self.emit("acc_e = acc_e * shrink[:, None] + tl.sum(acc_part * weight[:, :, None], 1)")
         self.level -= 1
         at = self.along("out", self.operands.out.strides, column="c[None, :]", **self.of_query("_e[:, None]"))
         column = self.column_bound("c", width, "[None, :]")

@@ -1,0 +1,215 @@
+"""Recognises what stands before an attention with a static cache: q and k turned, k and v written into the cache.
+
+A write is an `index_put` along the third axis of a cache [B, heads, S, D]. The keys are written as a rotation (see
+`rope`), the values at the same positions; the queries are what the same angles turn nearest to them. Where the
+positions are counted from one integer on the device, that is what the kernel reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .attention.index_functions import Indexer
+from .attention.limits import loads_of, read_from
+from .fused import Declared, RopeCache, RowNorm
+from .halves import SAME
+from .match import Match, NearMiss
+from .raising.registry import arguments
+from .rope import find_rope, rope
+from .semantics import SemanticView
+from .shapes import shape_of
+from .sites import site_of
+
+aten = torch.ops.aten
+PATTERN = "rope_cache"
+SWAPPED = [0, 2, 1, 3]
+
+
+@dataclass(frozen=True)
+class Write:
+    """New rows `rows` [B, heads, L, D] put into `cache` [B, heads, S, D] at the positions `at` [L]."""
+
+    node: Node
+    cache: Node
+    at: Node
+    rows: Node
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a kernel reads q or k from: the node, whether its second and third axis are exchanged against what is
+    turned, and the norm of each head that the kernel applies, with its weight."""
+
+    node: Node
+    swapped: bool = False
+    norm: RowNorm | None = None
+    weight: Node | None = None
+
+
+def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
+    writes = [w for w in map(_write, view.graph_module.graph.nodes) if w is not None]
+    if not writes:
+        return [], []
+    position = {node: i for i, node in enumerate(view.graph_module.graph.nodes)}
+    rotations = {m.site.output: m for m in find_rope(view)[0] if isinstance(m.op, Declared) and m.op.function is rope}
+    matches: list[Match] = []
+    misses: list[NearMiss] = []
+    taken: set[Node] = set()
+    for keys in writes:
+        turned, tokens_first = _unswapped(keys.rows)
+        if turned not in rotations:
+            continue
+        values = [w for w in writes if w is not keys and _at_the_same(w.at, keys.at) and _alike(w, keys)]
+        values = [w for w in values if w.node not in taken and _unswapped(w.rows)[0] not in rotations]
+        angles = rotations[turned].site.operands[1:]
+        others = [r for r in rotations if r not in taken and r is not turned and _turns(view, rotations[r], angles)]
+        others = [r for r in others if _is_query(r, turned, tokens_first)]
+        if not values or not others:
+            what = (
+                "no queries are turned by the same angles" if values else "no values are written at the same positions"
+            )
+            misses.append(NearMiss(PATTERN, keys.node, f"{keys.node.name} writes turned keys, but {what}", keys.node))
+            continue
+
+        def distance(node: Node) -> int:
+            return abs(position[node] - position[turned])  # noqa: B023
+
+        query, value = min(others, key=distance), min((w.node for w in values), key=distance)
+        taken |= {query, turned, value, keys.node}
+        written = next(w for w in values if w.node is value)
+        matches.append(_match(view, rotations[query], rotations[turned], keys, written, tokens_first))
+    return matches, misses
+
+
+def _write(node: Node) -> Write | None:
+    if node.target is not aten.index_put.default:
+        return None
+    cache, indices, rows, accumulate = arguments(node, (None, None, None, False))
+    at = [i for i in indices if i is not None]
+    if accumulate or len(at) != 1 or len(indices) < 3 or indices[2] is None or not isinstance(rows, Node):
+        return None
+    sizes = [s for n in (cache, rows, at[0]) for s in shape_of(n)]
+    shapes = shape_of(cache), shape_of(rows), shape_of(at[0])
+    if [len(s) for s in shapes] != [4, 4, 1] or not all(isinstance(s, int) for s in sizes):
+        return None
+    (b, h, _, d), (batch, heads, length, width), (count,) = shapes
+    fits = (b, h, d, count) == (batch, heads, width, length)
+    floats = {cache.meta["val"].dtype, rows.meta["val"].dtype}
+    return (
+        Write(node, cache, at[0], rows) if fits and len(floats) == 1 and at[0].meta["val"].dtype != torch.bool else None
+    )
+
+
+def _unswapped(node: Node) -> tuple[Node, bool]:
+    """(the node that casts and copies are made of, whether its second and third axis are exchanged on the way)."""
+    swapped = False
+    while True:
+        if node.target in SAME and node.all_input_nodes[0].meta["val"].dtype == node.meta["val"].dtype:
+            node = node.all_input_nodes[0]
+        elif _exchanges(node):
+            node, swapped = node.all_input_nodes[0], not swapped
+        else:
+            return node, swapped
+
+
+def _exchanges(node: Node) -> bool:
+    """Whether a node exchanges the second and the third of four axes."""
+    order: Any = node.args[1] if node.target is aten.permute.default else ()
+    return [d % 4 for d in order] == SWAPPED
+
+
+def _same(view: SemanticView, a: Node, b: Node) -> bool:
+    return a is b or view.value(a) is view.value(b)
+
+
+def _at_the_same(a: Node, b: Node) -> bool:
+    """Whether two tensors of positions are equal."""
+    counted = _counted(a)
+    return a is b or (counted[0] is not None and counted == _counted(b))
+
+
+def _alike(values: Write, keys: Write) -> bool:
+    """Whether two caches have the same heads and positions."""
+    return (
+        shape_of(values.cache)[:3] == shape_of(keys.cache)[:3] and shape_of(values.rows)[:3] == shape_of(keys.rows)[:3]
+    )
+
+
+def _turns(view: SemanticView, rotation: Match, angles: Sequence[Node]) -> bool:
+    return all(_same(view, a, b) for a, b in zip(rotation.site.operands[1:], angles, strict=True))
+
+
+def _is_query(query: Node, keys: Node, tokens_first: bool) -> bool:
+    q, k = shape_of(query), shape_of(keys)
+    head = 2 if tokens_first else 1
+    beside = [d for d in range(4) if d != head]
+    return len(q) == 4 and [q[d] for d in beside] == [k[d] for d in beside] and q[head] % k[head] == 0
+
+
+def _match(view: SemanticView, query: Match, key: Match, keys: Write, values: Write, tokens_first: bool) -> Match:
+    q, k = (_source(view, m.site.operands[0]) for m in (query, key))
+    scalar, offset = _counted(keys.at)
+    out, swapped = _seen_as(query.site.output)
+    outputs = sorted((out, keys.node, values.node))
+    names = {out: "out", keys.node: "keys", values.node: "values"}
+    last, others = outputs[-1], tuple(outputs[:-1])
+    weights = [s.weight for s in (q, k) if s.weight is not None]
+    operands = (
+        q.node, k.node, values.rows, *key.site.operands[1:], keys.cache, values.cache, scalar or keys.at, *weights
+    )  # fmt: skip
+    first = {
+        "q": tokens_first ^ q.swapped, "k": tokens_first ^ k.swapped, "out": tokens_first ^ swapped,
+        "angles": tokens_first,
+    }  # fmt: skip
+    assert isinstance(key.op, Declared)
+    batch, kv_heads, cache_length, width = shape_of(keys.cache)
+    op = RopeCache(
+        batch=batch, heads=shape_of(query.site.output)[2 if tokens_first else 1], kv_heads=kv_heads,
+        length=shape_of(keys.rows)[2], cache_length=cache_length, head_dim=width, v_dim=shape_of(values.cache)[3],
+        results=tuple(names[n] for n in (last, *others)), dtype=keys.cache.meta["val"].dtype,
+        interleaved=bool(key.op.arguments[-1]), tokens_first=frozenset(n for n in first if first[n]),
+        indexed=scalar is None, offset=offset, q_norm=q.norm, k_norm=k.norm,
+    )  # fmt: skip
+    return Match(PATTERN, op, site_of(view, last, operands, others))
+
+
+def _seen_as(node: Node) -> tuple[Node, bool]:
+    """`node`, or what alone reads it and exchanges its second and third axis, and whether it is that."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else node
+    return (reader, True) if _exchanges(reader) else (node, False)
+
+
+def _source(view: SemanticView, node: Node) -> Source:
+    """`node`, or what it is the norm of each head of."""
+    normed, swapped = _unswapped(node)
+    value = view.value(normed)
+    if value.op != "rms_norm" or value.attr("size") != shape_of(node)[-1]:
+        return Source(node)
+    inner = [n for n in view.nodes(value.args[0]) if n < normed and shape_of(n) == shape_of(normed)]
+    weights = [n for n in view.nodes(value.args[1]) if len(shape_of(n)) == 1] if len(value.args) > 1 else []
+    if not inner or (len(value.args) > 1 and not weights):
+        return Source(node)
+    norm = RowNorm("rms", value.attr("eps"), bool(weights), offset=value.attr("offset"))
+    return Source(inner[0], swapped, norm, weights[0] if weights else None)
+
+
+def _counted(at: Node) -> tuple[Node | None, int]:
+    """(integer scalar, offset) where the t-th index is scalar + offset + t."""
+    indexer, token = Indexer(), sympy.Symbol("token", integer=True, nonnegative=True)
+    one = shape_of(at) == (1,)
+    term = indexer.at(at, (sympy.Integer(0) if one else token,))
+    if not isinstance(term, sympy.Expr):
+        return None, 0
+    first = sympy.expand(term - (0 if one else token))
+    reads = loads_of(first, indexer)
+    if len(reads) != 1 or not sympy.expand(first - reads[0]).is_Integer or any(i != 0 for i in reads[0].args):
+        return None, 0
+    node = read_from(reads[0], indexer)
+    whole = all(n == 1 for n in shape_of(node))
+    return (node, int(sympy.expand(first - reads[0]))) if whole else (None, 0)

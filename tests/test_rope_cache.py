@@ -1,0 +1,175 @@
+"""Rotation, norm of heads and cache write as one kernel: found in transformers' and others' spellings, run in Triton's
+interpreter through the whole line, compiled, judged."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusion_compiler as fc
+from fusion_compiler import backend
+from fusion_compiler.patterns.rope_cache import rotate_half
+from fusion_compiler.torch_private import fake_tensors, inductor
+
+Tensor = torch.Tensor
+Step = Callable[..., tuple[Tensor, ...]]
+OTHERS = [p.name for p in fc.patterns() if p.name != "rope_cache"]
+B, H, HK, L, S, D = 2, 6, 2, 3, 12, 16
+
+
+def llama(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, position: Tensor
+) -> tuple[Tensor, ...]:
+    q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
+    cos, sin = (torch.cat((f(angles), f(angles)), -1)[None, None].to(q.dtype) for f in (torch.cos, torch.sin))
+    q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
+    at = torch.arange(L) + position
+    return q, keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
+
+
+def qwen3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+) -> tuple[Tensor, ...]:
+    q = F.rms_norm(q.view(B, L, -1, D), (D,), wq, 1e-6).flatten(2)
+    k = F.rms_norm(k.view(B, L, -1, D), (D,), wk, 1e-6).flatten(2)
+    return llama(q, k, v, angles, keys, values, position)
+
+
+def interleaved(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, position: Tensor
+) -> tuple[Tensor, ...]:
+    """gpt-fast: pairs, tokens before heads, the cache assigned to at given positions."""
+    q, k, v = (t.view(B, L, -1, D) for t in (q, k, v))
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        c, s = angles.cos()[None, :, None], angles.sin()[None, :, None]
+        return torch.stack((a * c - b * s, b * c + a * s), -1).flatten(3).type_as(x)
+
+    q, k, v = (t.transpose(1, 2) for t in (turn(q), turn(k), v))
+    at = position[0] + torch.tensor([4, 0, -1])
+    keys[:, :, at] = k
+    values[:, :, at] = v
+    return q, keys.clone(), values.clone()
+
+
+CASES: dict[str, tuple[Step, int]] = {"llama": (llama, 0), "qwen3": (qwen3, 2), "interleaved": (interleaved, 0)}
+
+
+def inputs_of(case: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(3)
+    tensors = (
+        torch.randn(B, L, H * D), torch.randn(B, L, HK * D), torch.randn(B, L, HK * D), torch.rand(L, D // 2) * 3,
+        torch.randn(B, HK, S, D), torch.randn(B, HK, S, D),
+    )  # fmt: skip
+    weights = tuple(torch.randn(D) for _ in range(CASES[case][1]))
+    return *(t.to(dtype) for t in tensors), torch.tensor([5]), *(w.to(dtype) for w in weights)
+
+
+def run(function: Step, *inputs: Tensor, **options: Any) -> tuple[tuple[Tensor, ...], fc.Report]:
+    given = {"strict": True, "remainder": "eager", "machine": "h200", "disable": OTHERS, **options}
+    with torch.no_grad():
+        out = torch.compile(function, backend=backend.fusion_compiler, options=given, dynamic=False)(*inputs)
+    made = fc.last_report()
+    assert made is not None
+    return out, made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_numbers(case: str, dtype: torch.dtype) -> None:
+    function, inputs = CASES[case][0], inputs_of(case, dtype)
+    mine = tuple(t.clone() for t in inputs)
+    out, made = run(function, *mine)
+    assert [d.kernel for d in made.fused] == ["triton rope_cache"], made
+    theirs = tuple(t.clone() for t in inputs)
+    eager = function(*theirs)
+    doubles = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    wanted = function(*doubles)
+    for o, e, w in zip((*out, *mine[4:6]), (*eager, *theirs[4:6]), (*wanted, *doubles[4:6]), strict=True):
+        assert o.shape == e.shape and o.dtype == e.dtype
+        error, own = ((t.double() - w).norm() for t in (o, e))
+        assert error <= 1.5 * own + 3e-7 * w.norm(), (float(error), float(own))
+
+
+def test_the_norm_of_heads_is_part_of_it() -> None:
+    _, made = run(qwen3, *inputs_of("qwen3", torch.float32))
+    [decision] = made.fused
+    assert dict(decision.details)["norms"] == 2
+
+
+def test_inductor_writes_the_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No clone of a cache is left once Inductor has put its functional nodes back in place."""
+    from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+    from torch._inductor.fx_utils import FakeTensorUpdater
+    from torch._inductor.virtualized import V
+
+    left: list[Any] = []
+    run_eagerly = inductor.run_eagerly
+
+    def looked_at(gm: torch.fx.GraphModule) -> Any:
+        finished = copy.deepcopy(gm)
+        with V.set_fake_mode(fake_tensors.mode_of(finished)):
+            owner = finished.graph if torch.__version__ < "2.12" else finished
+            reinplace_inplaceable_ops(FakeTensorUpdater(owner), finished.graph)
+            decompose_triton_kernel_wrapper_functional(finished.graph)
+        left.extend(n for n in finished.graph.nodes if n.op == "call_function")
+        return run_eagerly(gm)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        q, keys, values = llama(*inputs)
+        return torch.softmax(q.unflatten(1, (HK, -1)) @ keys[:, :, None].mT, -1) @ values[:, :, None]
+
+    monkeypatch.setattr(inductor, "run_eagerly", looked_at)
+    _, made = run(attend, *inputs_of("llama", torch.float32))
+    assert [d.kernel for d in made.fused] == ["triton rope_cache"], made
+    assert torch.ops.higher_order.triton_kernel_wrapper_mutation in [n.target for n in left]
+    copies = [n for n in left if n.target in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)]
+    assert not [n for n in copies if "val" not in n.meta or n.meta["val"].numel() == B * HK * S * D], copies
+
+
+def test_every_target_compiles_it() -> None:
+    code = "import test_rope_cache as t; t.compile_all()"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def compile_all() -> None:
+    """In a process of its own: interpreted kernels cannot be compiled."""
+    from triton.backends.compiler import GPUTarget
+
+    from fusion_compiler.fused import RopeCache, RowNorm
+    from fusion_compiler.lowering.triton_codegen import rope_cache
+    from fusion_compiler.lowering.triton_codegen.aot import compile_text, resources
+
+    norm, rows = RowNorm("rms", 1e-6, True), (4096, 64, 4096, 1)
+    op = RopeCache(4, 32, 8, 1, 1024, 128, 128, ("values", "out", "keys"), torch.bfloat16, q_norm=norm, k_norm=norm)
+    reading = rope_cache.Reading(rows, rows, rows, (0, 0, 64, 1), (0, 0, 64, 1), rows, rows, rows, halves=True)
+    tensors = dict.fromkeys(rope_cache.argument_names(op), torch.bfloat16) | {"index": torch.int64}
+    for target in (("cuda", 90, 32), ("hip", "gfx942", 64)):
+        made = compile_text(
+            rope_cache.write(op, reading), rope_cache.NAME, tensors, [], {}, GPUTarget(*target), num_warps=4
+        )
+        assert resources(made).spills == 0
