@@ -29,6 +29,7 @@ from .judge import Offer, judge, offer
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
 from .match import Match, find_all
+from .quantised import with_packed_weights
 from .report import Decision, Failure, NearMiss, Report, Work, where
 from .semantics import SemanticView
 from .severed import severed_seconds
@@ -179,6 +180,7 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
             view = SemanticView(gm)
         with _stage("match"):
             matches, near_misses = find_all(view, registry.active_patterns(options.patterns, options.disable))
+            matches = with_packed_weights(view, matches, q8_activations=options.activations == "q8_1")
         with _stage("judge"):
             judged = judge_all(gm, matches, target, tuner)
             if not guardable:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from .machine import Machine
 
 REMAINDERS = ("inductor", "eager")
+ACTIVATIONS = ("float", "q8_1")
 
 
 class OptionError(ValueError):
@@ -26,6 +27,8 @@ class Options:
     disable:   names of patterns to leave out; "all" leaves everything to the remainder.
     remainder: who compiles what is not fused: "inductor", or "eager" for none.
     strict:    raise where a stage of the compiler fails, instead of compiling as Inductor alone would.
+    activations: what kernels may make of the input of a Q4_0 linear: "float", as good as eager, or "q8_1", where it
+               may also be rounded to 8 bits in blocks of 32, as ggml does (a relative error of 0.5 %).
     patterns:  further patterns, tried before the built-in ones.
     mode:      a mode of torch.compile, since torch.compile refuses `mode=` and `options=` together.
     inductor:  configuration of Inductor, as torch.compile's own `options` take it.
@@ -37,6 +40,7 @@ class Options:
     disable: frozenset[str] = frozenset()
     remainder: Literal["inductor", "eager"] = "inductor"
     strict: bool = False
+    activations: Literal["float", "q8_1"] = "float"
     patterns: tuple[Any, ...] = ()
     mode: str | None = None
     inductor: Mapping[str, Any] | None = None
@@ -72,6 +76,7 @@ class Options:
         for name in sorted(given["disable"]):
             _one_of("disable", name, [*known, "all"])
         _one_of("remainder", given.get("remainder", "inductor"), REMAINDERS)
+        _one_of("activations", given.get("activations", "float"), ACTIVATIONS)
         if given.get("mode") is not None:
             _one_of("mode", given["mode"], modes)
         if not isinstance(given.get("machine"), (Machine, type(None))):

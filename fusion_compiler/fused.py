@@ -51,6 +51,54 @@ class Extra:
 
 
 @dataclass(frozen=True)
+class PerGroup:
+    """A float for each output feature n and group of `group` neighbours along K: it lies
+    first + n · row + (k // group) · step elements behind the first of its tensor."""
+
+    dtype: torch.dtype
+    group: int
+    first: int
+    row: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a weight is stored: w[n, k] = scale(n, k) · (code(n, k) − zero(n, k)).
+
+    The codes of a row lie `row` bytes behind those of the row before, the first of all `first` bytes into the tensor:
+    halves:   4 bits, unsigned; 16 bytes for 32 neighbours, of which byte j has element j low and j + 16 high;
+              the next 32 lie `block` bytes further (16, or 18 where each block brings its scale, as in Q4_0)
+    sequence: 4 bits, unsigned; element k is the low (even k) or high half of byte k // 2
+    bytes:    8 bits, two's complement
+
+    Without a scale it is 1. `zero` is one number, or lies in a tensor as scales do.
+    """
+
+    order: Literal["halves", "sequence", "bytes"]
+    first: int
+    row: int
+    block: int
+    scale: PerGroup | None
+    zero: float | PerGroup
+
+    @property
+    def operands(self) -> int:
+        """How many tensors hold it: the codes, [scales], [zeros]."""
+        return 1 + (self.scale is not None) + isinstance(self.zero, PerGroup)
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.order == "bytes" else 4
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """With its share of scales and zeros."""
+        held = [p for p in (self.scale, self.zero) if isinstance(p, PerGroup)]
+        return self.bits / 8 + sum(p.dtype.itemsize / p.group for p in held)
+
+
+@dataclass(frozen=True)
 class MatmulFamily:
     """out [M, N] = epilogue(norm(x) @ w_0ᵀ, norm(x) @ w_1ᵀ, …, extras).
 
@@ -63,6 +111,9 @@ class MatmulFamily:
 
     A weight may be part of a larger stored one (a packed gate|up): `features` then gives, per weight, the first of the
     N output features to take from its operand. Empty where every operand is the whole weight.
+
+    Where `packed` is not empty, each weight is stored as it says, and its operands are the tensors that hold it. With
+    `q8_activations` x is rounded to eight bits in blocks of 32 (Q8_1), as ggml does.
 
     Operands of a site, in this order: x, [norm weight], [norm bias], w_0, w_1, …, extras….
     """
@@ -78,6 +129,8 @@ class MatmulFamily:
     out_dtype: torch.dtype
     weight_is_kn: bool = False
     features: tuple[int, ...] = ()
+    packed: tuple[Packed, ...] = ()
+    q8_activations: bool = False
 
     @property
     def parts(self) -> tuple[MatmulFamily, ...]:

@@ -17,6 +17,7 @@ from .linear_epilogue import linear_epilogue
 from .norm import norm
 from .norm_linear import norm_linear
 from .qkv_projection import qkv_projection
+from .quantised_linear import quantised_linear
 from .rope import rope
 from .rope_cache import rope_cache
 from .softmax import softmax
@@ -32,6 +33,7 @@ BUILTIN: tuple[AnyPattern, ...] = (
     softmax,
     rope,
     rope_cache,
+    quantised_linear,
 )
 
 sys.modules[__name__].__class__ = PatternPackage

@@ -25,7 +25,7 @@ VOCABULARY = {
     f"fusion_compiler.{m}"
     for m in (
         *("algebra", "attention", "fused", "linear_epilogue", "match", "pattern", "rope", "rope_cache", "semantics"),
-        "siblings",
+        *("quantised", "siblings"),
     )
 }
 # Imported inside functions only, so that a machine without them can still load the compiler.

@@ -67,7 +67,7 @@ def matmul_traffic(op: MatmulFamily | MatmulGroup) -> Traffic:
     for part in op.parts:
         n = amount(part.n)
         sizes: dict[str, Amount] = {"full": m * n, "row": m, "col": n, "scalar": 1}
-        read = item * part.weights * k * n
+        read = (sum(p.bytes_per_weight for p in part.packed) if part.packed else item * part.weights) * k * n
         read += sum((extra.dtype.itemsize * sizes[extra.kind] for extra in part.extras), 0)
         total = total + Traffic(2 * part.weights * m * k * n, read, part.out_dtype.itemsize * m * n, 0)
     return total

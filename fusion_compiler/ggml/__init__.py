@@ -7,11 +7,12 @@
 | `q8_1` | 36 | fp16 d; fp16 s = d · Σ codes; 32 codes of int8; x = code · d. For activations |
 
 Each has `quantise(x)`, `dequantise(raw, dtype)` and `parts(raw)`: plain operations of torch, on any device, which can
-be captured in a graph. `Linear` holds a weight in such blocks; `exact` is a product as ggml defines it.
+be captured in a graph. `Linear` holds a weight in such blocks, `SplitLinear` its codes and scales apart; `exact` is a product as ggml defines it.
 """
 
 from . import q4_0, q8_0, q8_1
 from .linear import Linear
 from .reference import exact
+from .split import SplitLinear, split
 
-__all__ = ["Linear", "exact", "q4_0", "q8_0", "q8_1"]
+__all__ = ["Linear", "SplitLinear", "exact", "q4_0", "q8_0", "q8_1", "split"]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
 
@@ -42,3 +42,14 @@ def quietly() -> Iterator[None]:
 def new_mode() -> FakeTensorMode:
     """A fake mode of its own."""
     return FakeTensorMode()
+
+
+def contents(tensor: Any) -> torch.Tensor | None:
+    """What a tensor that a graph holds as a constant contains; None where it is a fake one and that is not known."""
+    known = tensor.constant if isinstance(tensor, FakeTensor) else tensor
+    return known if isinstance(known, torch.Tensor) else None
+
+
+def really() -> AbstractContextManager[Any]:
+    """Tensors made inside hold data, whatever fake mode is active."""
+    return unset_fake_temporarily()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...candidates import Candidate, Unavailable
 from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, RopeCache, RowReduction
 from ...machine import Machine
-from . import decode, flash, matmul, rope_cache, row_reduction
+from . import decode, flash, matmul, packed_linear, rope_cache, row_reduction
 
 SHORTEST_NORM = 8
 
@@ -19,6 +19,8 @@ class TritonCodegen:
     name: str = "triton"
 
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
+        if isinstance(op, MatmulFamily) and op.packed:
+            return packed_linear.candidates(op, machine)
         if isinstance(op, (MatmulFamily, MatmulGroup)):
             k = op.whole.k
             if op.whole.norm is not None and isinstance(k, int) and k < SHORTEST_NORM:

@@ -165,12 +165,12 @@ def _weights(op: Matmuls) -> list[int]:
 def _strided(op: Matmuls, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
     """The operands as tensors, with the distances between rows of x and of the weights."""
     operands = list(site.operands)
-    x_stride, operands[0] = _rows(builder, operands[0], int(op.whole.k))
+    x_stride, operands[0] = rows_of(builder, operands[0], int(op.whole.k))
     weights, strides = _weights(op), set()
     for i in range(1, len(operands)):
         if i in weights:
             # a packed weight is passed whole: the kernel itself starts at its features
-            stride, operands[i] = _rows(builder, operands[i], int(operands[i].meta["val"].shape[-1]))
+            stride, operands[i] = rows_of(builder, operands[i], int(operands[i].meta["val"].shape[-1]))
             strides.add(stride)
         else:
             operands[i] = builder.contiguous(operands[i])
@@ -194,7 +194,7 @@ def _described(op: Matmuls, builder: Builder, site: Site) -> tuple[list[Node], t
     return operands, ()
 
 
-def _rows(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:
+def rows_of(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:
     """(distance between rows, node) of a matrix with `columns` columns; copied where its rows are not evenly spaced."""
     value = node.meta["val"]
     if value.is_contiguous():

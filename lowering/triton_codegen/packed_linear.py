@@ -1,0 +1,189 @@
+"""Candidates for linears with packed weights: generated Triton kernels for few rows, emitted as nodes of the graph."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from ...candidates import Candidate, Unavailable
+from ...cost.amounts import amount
+from ...cost.roofline import matmul_traffic
+from ...fused import MatmulFamily, PerGroup, Site
+from ...machine import Machine
+from ...splice import load_kernel
+from . import packed_predict
+from .matmul import rows_of
+from .packed_gemv_source import PackedGemv
+from .packed_source import PackedSwap
+from .plans import Plan
+from .pointwise import unsupported
+from .source import facts
+from .writer import KernelSource
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from ...splice import Builder
+
+MOST_ROWS = 64  # beyond, a dequantised weight and the vendor's GEMM are faster
+ROW_LIMITS = (8, 16, 32, 64)  # where M is symbolic: one kernel serves up to so many rows
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavailable:
+    """The kernel for one row where it serves, and the best tile for each range of M."""
+    refusal = _refusal(op, machine)
+    if refusal is not None:
+        return Unavailable(refusal)
+    m = amount(op.m)
+    found = []
+    plan = packed_predict.gemv_plan(op)
+    if m == 1 and plan is not None and _for_gemv(op):
+        found.append(_gemv_candidate(op, machine, plan))
+    if op.q8_activations:
+        few = "Q8_1 activations are multiplied with Q4_0 weights for one row in this kernel"
+        return found or Unavailable(f"{few}, and M is {m}")
+    for limit in [m] if isinstance(m, int) else ROW_LIMITS:
+        tiles = packed_predict.tiles(op, machine, limit)
+        if tiles.fitting:
+            found.append(_candidate(op, machine, tiles, limit))
+        elif tiles.rejected:
+            return Unavailable(f"no tile fits {machine.name}: {'; '.join(tiles.rejected)}")
+    return found or Unavailable(f"no tile divides K = {op.k} and its groups evenly")
+
+
+def _for_gemv(op: MatmulFamily) -> bool:
+    """Whether all weights are Q4_0, with codes and scales aligned as the kernel reads them."""
+    for packed in op.packed:
+        scale, unit = packed.scale, 4 if packed.block == 16 else 2
+        blocks = packed.order == "halves" and scale is not None and scale.group == 32
+        if not blocks or isinstance(packed.zero, PerGroup) or packed.first % unit or packed.row % unit:
+            return False
+    return True
+
+
+def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
+    if machine.kind == "cpu":
+        return "Triton kernels are generated for GPUs"
+    if machine.kind == "cuda" and machine.capability < 80:
+        return f"{machine.name} ({machine.arch}) has no matrix instructions that Triton reaches"
+    if op.dtype not in DTYPES:
+        return f"kernels multiply packed weights with float16 and bfloat16 activations, not {op.dtype}; cast the input"
+    if op.norm is not None:
+        return "kernels for packed weights do not fold the norm in front yet"
+    m, k, n = amount(op.m), amount(op.k), amount(op.n)
+    if not isinstance(k, int) or not isinstance(n, int):
+        return "K and N are symbolic: mark only the rows of the input as dynamic"
+    if k % packed_predict.SHORTEST:
+        return f"K = {k}: a tile holds a multiple of {packed_predict.SHORTEST} elements of K"
+    if isinstance(m, int) and m > MOST_ROWS:
+        return (
+            f"M = {m}: beyond {MOST_ROWS} rows arithmetic is the limit, and a weight that is dequantised once for the "
+            "vendor's GEMM is faster"
+        )
+    first = op.packed[0]
+    for packed in op.packed:
+        if packed.order != first.order:
+            return f"one weight has its codes in {first.order}, another in {packed.order}; pack both the same way"
+        if not isinstance(packed.zero, PerGroup) and (packed.zero != first.zero or packed.zero not in range(16)):
+            return f"the zero point {packed.zero:g} is no integer from 0 to 15, or not the same for all weights"
+        least = 32 if packed.order == "halves" else 16
+        for held in (packed.scale, packed.zero):
+            if isinstance(held, PerGroup) and (held.group % least or k % held.group):
+                return f"groups of {held.group} elements do not divide K = {k}, or are shorter than {least}"
+    return unsupported(op.epilogue)
+
+
+def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, limit: int) -> Candidate:
+    m = amount(op.m)
+    traffic = matmul_traffic(op)
+    seconds, plan = tiles.fitting[0]
+    if not isinstance(m, int):  # over few rows the weights dominate
+        moved = sympy.sympify(traffic.bytes_read + traffic.bytes_written)
+        seconds = seconds + (moved - moved.subs(m, limit)) / machine.memory_bandwidth
+    details = (
+        ("numerics", "16-bit activations"), ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k),
+        ("num_warps", plan.num_warps), ("num_stages", plan.num_stages),
+        ("blocks", math.ceil(int(op.n) / plan.block_n)), ("rejected tiles", "; ".join(tiles.rejected) or "none"),
+    )  # fmt: skip
+    return Candidate(
+        name="triton_packed",
+        kernel=f"triton packed_{plan.label}",
+        traffic=traffic,
+        seconds=seconds,
+        emit=functools.partial(emit, op, plan, machine.kind == "cuda" and not interpreted()),
+        valid=True if isinstance(m, int) else sympy.Le(m, limit),
+        details=details,
+    )
+
+
+def _gemv_candidate(op: MatmulFamily, machine: Machine, plan: Plan) -> Candidate:
+    programs = packed_predict.gemv_programs(op, plan, machine)
+    return Candidate(
+        name="triton_packed_gemv",
+        kernel=f"triton packed_gemv_n{plan.block_n}w{plan.num_warps}p{programs}",
+        traffic=matmul_traffic(op),
+        seconds=packed_predict.gemv_seconds(op, plan, machine),
+        emit=functools.partial(emit_gemv, op, plan, programs, machine.kind == "cuda" and not interpreted()),
+        details=(
+            ("numerics", "Q8_1 activations" if op.q8_activations else "activations as 15-bit fractions of their block"),
+            ("block_n", plan.block_n), ("num_warps", plan.num_warps), ("blocks", programs),
+        ),
+    )  # fmt: skip
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which knows no PTX."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Site) -> Node:
+    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
+    source = PackedSwap(op, plan, facts(op, plan), native=native).write()
+    x_stride, x = rows_of(builder, site.operands[0], int(op.k))
+    constants = {
+        "x_stride": x_stride, "w_stride": op.packed[0].row, "N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+    }  # fmt: skip
+    rows = {"M": op.m} if source.runtime_m else {}
+    grid = math.ceil(int(op.n) / plan.block_n)
+    return _launched(op, plan, source, grid, x, {**rows, **constants}, builder, site)
+
+
+def emit_gemv(op: MatmulFamily, plan: Plan, programs: int, native: bool, builder: Builder, site: Site) -> Node:
+    """The same for the kernel for one row, which is read eight bytes at a time."""
+    source = PackedGemv(op, plan, programs, native=native).write()
+    _, x = rows_of(builder, site.operands[0], int(op.k))
+    return _launched(op, plan, source, programs, _aligned(builder, x), {}, builder, site)
+
+
+def _launched(
+    op: MatmulFamily, plan: Plan, source: KernelSource, programs: int, x: Node, rest: dict[str, Any], builder: Builder,
+    site: Site,
+) -> Node:  # fmt: skip
+    value = site.output.meta["val"]
+    out = builder.empty(list(value.shape), op.out_dtype, value.device)
+    stored = 1 + sum(p.operands for p in op.packed)
+    weights = [_aligned(builder, node) for node in site.operands[1:stored]]
+    extras = [builder.contiguous(node) for node in site.operands[stored:]]
+    arguments = dict(zip(source.tensors, [x, *weights, *extras, out], strict=True))
+    launched = builder.triton(
+        load_kernel(source.text, source.name), [programs], {**arguments, **rest}, ["out"],
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+    return launched["out"]
+
+
+def _aligned(builder: Builder, node: Node) -> Node:
+    """`node`, copied where it does not begin on the boundary that loads of several elements need."""
+    value = node.meta["val"]
+    offset = value.storage_offset()
+    if isinstance(offset, int) and offset * value.dtype.itemsize % 16 == 0:
+        return node
+    return builder.call(torch.ops.aten.clone.default, node)

@@ -1,0 +1,119 @@
+"""Which tiles the kernels for packed weights may have, what each needs of shared memory, and its predicted time.
+
+gemv: seconds = start + bytes / bandwidth, in whole rounds of the programs that run at once
+swap: seconds = start + steps · step + bytes / rate + x once per block from L2
+
+The constants are measured (packed.json, with device, date and versions); they serve other machines until they have
+their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import sympy
+
+from ...cost.amounts import amount
+from ...cost.roofline import matmul_traffic
+from ...fused import MatmulFamily, PerGroup
+from ...machine import Machine
+from .packed_gemv_source import blocks_of
+from .plans import Plan
+from .predict import power_of_two
+
+SHORTEST = 64  # elements of K in a tile
+GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
+GEMV_BYTES = 64  # of weights that a thread asks for at once
+
+
+@functools.cache
+def constants() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((resources.files(__package__) / "packed.json").read_text())
+    return loaded
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What may be launched, fastest first with predicted seconds, and what may not with the reason."""
+
+    fitting: tuple[tuple[float, Plan], ...]
+    rejected: tuple[str, ...]
+
+
+def tiles(op: MatmulFamily, machine: Machine, rows: int) -> Tiles:
+    """The tiles for up to `rows` rows of x on a machine."""
+    fitting, rejected = [], []
+    for plan in plans(op, rows):
+        needed = shared_memory(op, plan)
+        if needed > machine.shared_memory:
+            rejected.append(f"{plan.label}: {needed:,} > {machine.shared_memory:,} B of shared memory")
+        else:
+            fitting.append((seconds(op, plan, machine, rows), plan))
+    return Tiles(tuple(sorted(fitting, key=lambda pair: pair[0])), tuple(rejected))
+
+
+def plans(op: MatmulFamily, rows: int) -> list[Plan]:
+    padded = max(8 if op.packed[0].order == "halves" else 16, power_of_two(rows))
+    groups = [p.group for packed in op.packed for p in (packed.scale, packed.zero) if isinstance(p, PerGroup)]
+    found = []
+    for block_n, block_k, stages in itertools.product((32, 64, 128), (128, 256, 512), (3, 4)):
+        whole = int(op.k) % block_k == 0 and all(block_k % g == 0 or g % block_k == 0 for g in groups)
+        if whole:
+            found.append(Plan("swap", padded, block_n, block_k, 2 if block_n < 64 else 4, stages))
+    return found
+
+
+def gemv_plan(op: MatmulFamily) -> Plan | None:
+    """The tile of the kernel for one row: so many features that a thread asks for GEMV_BYTES of weights at once."""
+    blocks = blocks_of(op)
+    block_n = max(1, 4 // op.weights)
+    warps = blocks * block_n * op.weights * 16 // (32 * GEMV_BYTES)
+    if int(op.n) % block_n or not 1 <= warps <= GEMV_WARPS:
+        return None
+    return Plan("gemv", 1, block_n, blocks * 32, warps)
+
+
+def gemv_programs(op: MatmulFamily, plan: Plan, machine: Machine) -> int:
+    return min(int(op.n) // plan.block_n, machine.num_sms * max(1, GEMV_WARPS // plan.num_warps))
+
+
+def shared_memory(op: MatmulFamily, plan: Plan) -> int:
+    """Upper estimate: every stage holds the codes, their scales and zeros, and the tile of x."""
+    x = plan.rows * plan.block_k * op.dtype.itemsize
+    stored = sum(p.bytes_per_weight for p in op.packed)
+    return math.ceil(plan.num_stages * (plan.block_n * plan.block_k * stored + x)) + 1024
+
+
+def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
+    """Predicted time of one launch of a tiled kernel."""
+    known = constants()["swap"]
+    traffic = matmul_traffic(op)
+    moved = float(sympy.sympify(traffic.bytes_read + traffic.bytes_written).subs(amount(op.m), rows))
+    blocks = math.ceil(int(op.n) / plan.block_n)
+    x = op.dtype.itemsize * rows * int(op.k) * blocks
+    # too few blocks cannot draw what the machine has
+    reached = known["rate"] * machine.memory_bandwidth * min(1.0, blocks / (known["saturating"] * machine.num_sms))
+    steps = int(op.k) // plan.block_k * (known["step"] + known["step_element"] * plan.block_k)
+    unaligned = known["unaligned"] if any(p.order == "halves" and p.block != 16 for p in op.packed) else 1.0
+    return float(
+        known["start"] + machine.launch_overhead + steps + unaligned * moved / reached + x / machine.l2_bandwidth
+    )
+
+
+def gemv_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:
+    """Predicted time of one launch of the kernel for one row."""
+    known = constants()["gemv"]
+    traffic = matmul_traffic(op)
+    tiles_ = int(op.n) / plan.block_n
+    programs = gemv_programs(op, plan, machine)
+    rounds = math.ceil(tiles_ / programs) * programs / tiles_
+    memory = float(sympy.sympify(traffic.bytes_read + traffic.bytes_written)) * rounds / machine.memory_bandwidth
+    unaligned = known["unaligned"] if any(p.block != 16 for p in op.packed) else 1.0
+    start = known["start"] + (0.0 if op.q8_activations else known["second_digit"])
+    return float(start + machine.launch_overhead + known["per_byte"] * unaligned * memory)

@@ -1,0 +1,150 @@
+"""Writes the kernel for few rows of x and packed weights: the tiles of `swap`, with codes turned into numbers on the way.
+
+A tile of bytes goes through shared memory as it lies in the weight; in registers each byte becomes two numbers, code −
+zero, which are multiplied by their scales and fed to the matrix unit. No code ever moves to another thread.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...fused import MatmulFamily, Packed, PerGroup
+from .plans import Plan
+from .swap_source import Swap
+from .writer import Facts, KernelSource
+
+_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+
+# A byte with 0x64 (0x43) above it is the float16 1024 + byte (the bfloat16 128 + byte): no conversion is needed.
+# bfloat16 has no subtraction before sm_90, so it is 1 · a − b there.
+_NATIVE = {
+    torch.float16: (0x64, 0x6400, "sub.f16x2 ${0}, ${0}, c;", "mov.b32 one, 0;"),
+    torch.bfloat16: (0x43, 0x4300, "fma.rn.bf16x2 ${0}, ${0}, one, c;", "mov.b32 one, 0x3f803f80;"),
+}
+
+
+def _unpacking(dtype: torch.dtype, zero: int) -> str:
+    """A function of four bytes at a time in PTX: (low − zero, high − zero) as `dtype`."""
+    above, base, subtract, one = _NATIVE[dtype]
+    pair = (base + zero) * 0x10001 if dtype == torch.float16 else (0xC300 + zero) * 0x10001
+    merges = "".join(
+        f"prmt.b32 ${out}, {part}, c, {selector:#x};"
+        for out, part, selector in ((0, "a", 0x4140), (1, "a", 0x4342), (2, "b", 0x4140), (3, "b", 0x4342))
+    )
+    return f"""@triton.jit
+def unpacked(codes):
+    return tl.inline_asm_elementwise(
+        "{{ .reg .b32 a, b, c, one; and.b32 a, $4, 0x0f0f0f0f; shr.u32 b, $4, 4; and.b32 b, b, 0x0f0f0f0f; {one}"
+        "mov.b32 c, {above * 0x01010101:#x}; {merges}"
+        "mov.b32 c, {pair:#x}; {"".join(subtract.format(i) for i in range(4))} }}",
+        "=&r,=&r,=&r,=&r,r", [codes], dtype=({_TYPES[dtype]}, {_TYPES[dtype]}), is_pure=True, pack=4,
+    )
+"""
+
+
+def _portable(dtype: torch.dtype, zero: int) -> str:
+    low, high = (f"({part}).to({_TYPES[dtype]}) - {zero}" for part in ("codes & 15", "codes >> 4"))
+    return f"@triton.jit\ndef unpacked(codes):\n    return {low}, {high}\n"
+
+
+class PackedSwap(Swap):
+    """`Swap` on packed weights; `native`: for NVIDIA's instructions. BLOCK_K counts elements of K and divides it."""
+
+    def __init__(self, op: MatmulFamily, plan: Plan, known: Facts, *, native: bool) -> None:
+        super().__init__(op, plan, known)
+        self.native_code = native
+        held = [
+            [f"w{i}", *([f"s{i}"] if p.scale else []), *([f"z{i}"] if isinstance(p.zero, PerGroup) else [])]
+            for i, p in enumerate(op.packed)
+        ]
+        extras = [f"extra{j}" for j in range(len(op.extras))]
+        self.tensors = ("x", *(name for names in held for name in names), *extras, "out")
+
+    @property
+    def order(self) -> str:
+        return self.op.packed[0].order
+
+    def write(self) -> KernelSource:
+        made = super().write()
+        if self.order == "bytes":
+            return made
+        zero = _subtracted(self.op.packed[0])
+        unpacked = (_unpacking if self.native_code else _portable)(self.op.dtype, zero)
+        text = made.text.replace("@triton.jit\n", f"{unpacked}\n\n@triton.jit\n", 1)
+        return KernelSource(text, made.name, made.tensors, made.runtime_m)
+
+    @property
+    def apart(self) -> bool:
+        """Whether low and high codes are two products, each with its columns of x. With up to 8 rows that is faster;
+        with more, x is the larger part of the traffic and has to be copied in one piece."""
+        return self.order == "halves" and self.plan.rows < 16
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row that are scaled at a time."""
+        return self.plan.block_k // (2 if self.apart else 1)
+
+    def step(self) -> None:
+        if self.apart:
+            self.emit("i = tl.arange(0, BLOCK_K // 2)", "k = start + i // 16 * 32 + i % 16")
+            self.emit(f"y_low = {self.x('k')}", f"y_high = {self.x('(k + 16)')}")
+        else:
+            self.emit(f"i = tl.arange(0, BLOCK_K{'' if self.order == 'bytes' else ' // 2'})")
+            self.emit("k = start + tl.arange(0, BLOCK_K)", f"y = {self.x('k')}")
+        inside = "" if self.known.even_n else ", mask=n_in[:, None], other=0"
+        for i, packed in enumerate(self.op.packed):
+            self.emit(f'w{i}_tile = tl.load({self.codes(i, packed)}{inside}, eviction_policy="evict_first")')
+            if packed.scale:
+                self.per_group(f"s{i}", packed.scale)
+            if isinstance(packed.zero, PerGroup):
+                self.per_group(f"z{i}", packed.zero)
+        for i, packed in enumerate(self.op.packed):
+            for side, number in self.numbers(i).items():
+                if isinstance(packed.zero, PerGroup):
+                    number = f"({number} - z{i}_tile)"
+                elif self.order == "bytes" and packed.zero:
+                    number = f"({number} - {packed.zero})"
+                scaled = f"{number} * s{i}_tile" if packed.scale else number
+                self.emit(f"acc{i} = tl.dot({scaled}, tl.trans(y{side}), acc{i})")
+
+    def numbers(self, i: int) -> dict[str, str]:
+        """The tile of codes as numbers, by the part of x that they belong to."""
+        if self.order == "bytes":
+            return {"": f"w{i}_tile.to({_TYPES[self.op.dtype]})"}
+        self.emit(f"w{i}_low, w{i}_high = unpacked(w{i}_tile)")
+        if self.apart:
+            return {"_low": f"w{i}_low", "_high": f"w{i}_high"}
+        both = f"tl.join(w{i}_low, w{i}_high)"
+        if self.order == "halves":
+            # the layouts of the matrix unit hold these codes in this order already
+            both = f"tl.permute(tl.reshape({both}, (BLOCK_N, BLOCK_K // 32, 16, 2)), (0, 1, 3, 2))"
+        self.emit(f"w{i}_numbers = tl.reshape({both}, (BLOCK_N, BLOCK_K))")
+        return {"": f"w{i}_numbers"}
+
+    def codes(self, i: int, packed: Packed) -> str:
+        """Where the bytes of a tile lie."""
+        kind = "tl.int8" if packed.order == "bytes" else "tl.uint8"
+        n = "n.to(tl.int64)" if self.known.wide_weight else "n"
+        along = "start + i" if packed.order == "bytes" else "start // 2 + i"
+        if packed.order == "halves" and packed.block != 16:
+            along = f"(start // 32 + i // 16) * {packed.block} + i % 16"
+        first = f"{packed.first} + " if packed.first else ""
+        return f"w{i}.to(tl.pointer_type({kind})) + {first}{n}[:, None] * {packed.row} + ({along})[None, :]"
+
+    def per_group(self, name: str, held: PerGroup) -> None:
+        """The numbers of the groups of a tile, repeated for each byte of them."""
+        groups = max(1, self.plan.block_k // held.group)
+        n = "n.to(tl.int64)" if self.known.wide_weight else "n"
+        along = f"start // {held.group} + tl.arange(0, {groups})"
+        first = f"{held.first} + " if held.first else ""
+        pointer = f"{name}.to(tl.pointer_type({_TYPES[held.dtype]}))"
+        inside = "" if self.known.even_n else ", mask=n_in[:, None], other=0.0"
+        at = f"{pointer} + {first}{n}[:, None] * {held.row} + ({along})[None, :] * {held.step}"
+        self.emit(f"{name}_group = tl.load({at}{inside}, eviction_policy='evict_first').to({_TYPES[self.op.dtype]})")
+        repeated = f"tl.broadcast_to({name}_group[:, :, None], (BLOCK_N, {groups}, {self.width // groups}))"
+        self.emit(f"{name}_tile = tl.reshape({repeated}, (BLOCK_N, {self.width}))")
+
+
+def _subtracted(packed: Packed) -> int:
+    """The zero point that unpacking subtracts at once."""
+    return 0 if isinstance(packed.zero, PerGroup) else int(packed.zero)
