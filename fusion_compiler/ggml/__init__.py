@@ -7,7 +7,8 @@
 | `q8_1` | 36 | fp16 d; fp16 s = d · Σ codes; 32 codes of int8; x = code · d. For activations |
 
 Each has `quantise(x)`, `dequantise(raw, dtype)` and `parts(raw)`: plain operations of torch, on any device, which can
-be captured in a graph. `Linear` holds a weight in such blocks, `SplitLinear` its codes and scales apart; `exact` is a product as ggml defines it.
+be captured in a graph. `Linear` holds a weight in such blocks, `SplitLinear` its codes and scales apart; `exact` is a
+product as ggml defines it.
 """
 
 from . import q4_0, q8_0, q8_1

@@ -31,11 +31,11 @@ class SplitLinear(torch.nn.Module):
 
     @property
     def raw(self) -> Tensor:
-        codes = self.codes.view(torch.uint8).unflatten(1, (self.scales.shape[1], -1))
+        codes = self.codes.view(torch.uint8).view(*self.scales.shape, -1)
         return torch.cat([self.scales.unsqueeze(-1).view(torch.uint8), codes], -1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.codes.unflatten(1, (self.scales.shape[1], -1))
+        codes = self.codes.view(*self.scales.shape, -1)
         if self.form == q4_0.NAME:
             codes = torch.cat([codes & 15, codes >> 4], -1).to(torch.int8) - 8
         weight = blocks.product(self.scales.unsqueeze(-1), codes, x.dtype)

@@ -121,7 +121,8 @@ def _order(code: Bits, n: Tensor, k: Tensor) -> tuple[str, int, int, int] | str:
     if not bool((code.width == width).all()) or width not in (4, 8):
         return f"its codes have {width} bits; kernels read 4 or 8"
     if code.signed != (width == 8):
-        return f"its codes are {'signed' if code.signed else 'unsigned'} with {width} bits; kernels read unsigned 4 and signed 8"
+        sign = "signed" if code.signed else "unsigned"
+        return f"its codes are {sign} with {width} bits; kernels read unsigned ones of 4 and signed ones of 8"
     at = _asker(code.bit, n, k)
     first = at(0, 0) // 8
     row = (at(1, 0) - at(0, 0)) // 8 if at(1, 0) >= 0 else 0

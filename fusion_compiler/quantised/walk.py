@@ -62,8 +62,8 @@ class Walk:
         return _RULES.get(target)(self) if target in _RULES else None  # type: ignore[misc]
 
     def _source(self, node: Node, value: Tensor, places: Tensor) -> Element | None:
-        if node.op == "call_function" and any(s == 0 for s in value.stride()):
-            return None  # repeated, and so no tensor to hand to a kernel
+        if node.op == "call_function" and not value.is_contiguous():
+            return None  # what is computed may come to lie otherwise in the end
         position = _dot(_unravelled(places, value.shape), value.stride())
         item = value.dtype.itemsize
         if value.dtype.is_floating_point:
@@ -130,12 +130,15 @@ class Walk:
         return self._part(source, node, dim, start or 0, step, places)
 
     def _select(self, node: Node, places: Tensor) -> Element | None:
-        source, dim, index = node.args
-        shape = source.meta["val"].shape  # type: ignore[union-attr]
-        dim = int(dim) % len(shape)  # type: ignore[call-overload]
-        at = _unravelled(places, node.meta["val"].shape)
-        at.insert(dim, torch.full_like(places, int(index) % shape[dim]))  # type: ignore[call-overload]
-        return self.at(source, _flat(at, shape))  # type: ignore[arg-type]
+        source, dim, which = _filled(node, (None, 0, 0))
+        return self._at_one(node, source, dim, which, places)
+
+    def _at_one(self, node: Node, source: Node, dim: int, which: int, places: Tensor) -> Element | None:
+        shape = source.meta["val"].shape
+        dim %= len(shape)
+        index = _unravelled(places, node.meta["val"].shape)
+        index.insert(dim, torch.full_like(places, which % shape[dim]))
+        return self.at(source, _flat(index, shape))
 
     def _getitem(self, node: Node, places: Tensor) -> Element | None:
         split: Any = node.args[0]
@@ -144,10 +147,7 @@ class Walk:
         which: Any = node.args[1]
         if split.target is aten.unbind.int:
             source, dim = _filled(split, (None, 0))
-            shape = source.meta["val"].shape
-            at = _unravelled(places, node.meta["val"].shape)
-            at.insert(dim % len(shape), torch.full_like(places, which))
-            return self.at(source, _flat(at, shape))
+            return self._at_one(node, source, dim, which, places)
         source, sizes, dim = _filled(split, (None, None, 0))
         before = which * sizes if isinstance(sizes, int) else sum(sizes[:which])
         return self._part(source, node, dim, before, 1, places)
@@ -270,7 +270,7 @@ class Walk:
 
 
 def _method(name: str) -> Callable[[Walk], Callable[[Node, Tensor], Element | None]]:
-    return lambda walk: getattr(walk, name)  # type: ignore[no-any-return]
+    return lambda walk: getattr(walk, name)
 
 
 _RULES: dict[Any, Callable[[Walk], Callable[[Node, Tensor], Element | None]]] = {

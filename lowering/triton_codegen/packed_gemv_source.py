@@ -24,7 +24,8 @@ _PORTABLE = """@triton.jit
 def dot8(low, high, x_low, x_high):
     total = 0 * low
     for e in tl.static_range(0, 4):
-        total += (low >> 8 * e & 255) * (x_low << (24 - 8 * e) >> 24) + (high >> 8 * e & 255) * (x_high << (24 - 8 * e) >> 24)
+        total += (low >> 8 * e & 255) * (x_low << (24 - 8 * e) >> 24)
+        total += (high >> 8 * e & 255) * (x_high << (24 - 8 * e) >> 24)
     return total
 """
 _SHARED = """

@@ -148,8 +148,7 @@ def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Sit
     source = PackedSwap(op, plan, facts(op, plan), native=native).write()
     x_stride, x = rows_of(builder, site.operands[0], int(op.k))
     constants = {
-        "x_stride": x_stride, "w_stride": op.packed[0].row, "N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
+        "x_stride": x_stride, "N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k,
     }  # fmt: skip
     rows = {"M": op.m} if source.runtime_m else {}
     grid = math.ceil(int(op.n) / plan.block_n)

@@ -1,10 +1,12 @@
-"""Writes the kernel for few rows of x and packed weights: the tiles of `swap`, with codes turned into numbers on the way.
+"""Writes the kernel for few rows of x and packed weights: the tiles of `swap`, whose codes become numbers on the way.
 
 A tile of bytes goes through shared memory as it lies in the weight; in registers each byte becomes two numbers, code −
 zero, which are multiplied by their scales and fed to the matrix unit. No code ever moves to another thread.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -50,6 +52,8 @@ def _portable(dtype: torch.dtype, zero: int) -> str:
 class PackedSwap(Swap):
     """`Swap` on packed weights; `native`: for NVIDIA's instructions. BLOCK_K counts elements of K and divides it."""
 
+    constants = ("x_stride", "N", "K", "BLOCK_N", "BLOCK_K")
+
     def __init__(self, op: MatmulFamily, plan: Plan, known: Facts, *, native: bool) -> None:
         super().__init__(op, plan, known)
         self.native_code = native
@@ -71,7 +75,7 @@ class PackedSwap(Swap):
         zero = _subtracted(self.op.packed[0])
         unpacked = (_unpacking if self.native_code else _portable)(self.op.dtype, zero)
         text = made.text.replace("@triton.jit\n", f"{unpacked}\n\n@triton.jit\n", 1)
-        return KernelSource(text, made.name, made.tensors, made.runtime_m)
+        return replace(made, text=text)
 
     @property
     def apart(self) -> bool:
