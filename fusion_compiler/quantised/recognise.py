@@ -59,9 +59,7 @@ def find_quantised(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     reader = Reader(view)
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
-    # the product inside of an addmm is a value that no node holds
-    held = [v for value in view.values() for v in (value, *value.args) if v.op == "linear"]
-    for linear in dict.fromkeys(held):
+    for linear in view.linears():
         root = _whole(view, linear)
         for output in outputs_of(view, root):
             families = build(view, root, output)

@@ -88,7 +88,7 @@ class PackedGemv:
             f"def {name}({', '.join(self.tensors)}):",
         ]
         text = "\n".join(["import triton", "import triton.language as tl", "", *head, *self.lines]) + "\n"
-        return KernelSource(text, name, self.tensors, False)
+        return KernelSource(text, name, self.tensors, False, ("out",))
 
     # ---- weights -------------------------------------------------------------------------------
     def pointers(self, i: int, packed: Packed) -> None:

@@ -61,8 +61,10 @@ def tiles(op: MatmulFamily, machine: Machine, rows: int) -> Tiles:
 def plans(op: MatmulFamily, rows: int) -> list[Plan]:
     padded = max(8 if op.packed[0].order == "halves" else 16, power_of_two(rows))
     groups = [p.group for packed in op.packed for p in (packed.scale, packed.zero) if isinstance(p, PerGroup)]
+    stages = 4 if padded == 8 and op.weights == 1 else 3
     found = []
-    for block_n, block_k, stages in itertools.product((32, 64, 128), (128, 256, 512), (3, 4)):
+    # longer tiles spill registers
+    for block_n, block_k in itertools.product((32, 64, 128), (64, 128, 256)):
         whole = int(op.k) % block_k == 0 and all(block_k % g == 0 or g % block_k == 0 for g in groups)
         if whole:
             found.append(Plan("swap", padded, block_n, block_k, 2 if block_n < 64 else 4, stages))
@@ -101,9 +103,9 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     reached = known["rate"] * machine.memory_bandwidth * min(1.0, blocks / (known["saturating"] * machine.num_sms))
     steps = int(op.k) // plan.block_k * (known["step"] + known["step_element"] * plan.block_k)
     unaligned = known["unaligned"] if any(p.order == "halves" and p.block != 16 for p in op.packed) else 1.0
-    return float(
-        known["start"] + machine.launch_overhead + steps + unaligned * moved / reached + x / machine.l2_bandwidth
-    )
+    slower = known["order"][op.packed[0].order] * (known["pair"] if op.weights > 1 and plan.rows > 8 else 1.0)
+    work = known["start"] + steps + unaligned * moved / reached + x / machine.l2_bandwidth
+    return float(machine.launch_overhead + slower * work)
 
 
 def gemv_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:
@@ -116,4 +118,6 @@ def gemv_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:
     memory = float(sympy.sympify(traffic.bytes_read + traffic.bytes_written)) * rounds / machine.memory_bandwidth
     unaligned = known["unaligned"] if any(p.block != 16 for p in op.packed) else 1.0
     start = known["start"] + (0.0 if op.q8_activations else known["second_digit"])
-    return float(start + machine.launch_overhead + known["per_byte"] * unaligned * memory)
+    # programs of many warps wait for each other at the end of each tile
+    per_byte = known["per_byte"][str(max(4, power_of_two(plan.num_warps)))]
+    return float(start + machine.launch_overhead + per_byte * unaligned * memory)

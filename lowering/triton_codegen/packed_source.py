@@ -84,7 +84,7 @@ class PackedSwap(Swap):
         return self.order == "halves" and self.plan.rows < 16
 
     @property
-    def width(self) -> int:
+    def across(self) -> int:
         """Numbers of a row that are scaled at a time."""
         return self.plan.block_k // (2 if self.apart else 1)
 
@@ -145,8 +145,8 @@ class PackedSwap(Swap):
         inside = "" if self.known.even_n else ", mask=n_in[:, None], other=0.0"
         at = f"{pointer} + {first}{n}[:, None] * {held.row} + ({along})[None, :] * {held.step}"
         self.emit(f"{name}_group = tl.load({at}{inside}, eviction_policy='evict_first').to({_TYPES[self.op.dtype]})")
-        repeated = f"tl.broadcast_to({name}_group[:, :, None], (BLOCK_N, {groups}, {self.width // groups}))"
-        self.emit(f"{name}_tile = tl.reshape({repeated}, (BLOCK_N, {self.width}))")
+        repeated = f"tl.broadcast_to({name}_group[:, :, None], (BLOCK_N, {groups}, {self.across // groups}))"
+        self.emit(f"{name}_tile = tl.reshape({repeated}, (BLOCK_N, {self.across}))")
 
 
 def _subtracted(packed: Packed) -> int:
