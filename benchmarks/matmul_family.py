@@ -8,7 +8,7 @@ max-autotune where asked for, ours (whatever the judge chose), the best of the g
 flops at the machine's reached rates) and the prediction for ours. A kernel that takes its input normalised is timed
 with the norm as Inductor computes it. Regret is the time of ours over the best of all columns.
 
-Every point is compiled in a process of its own, all at the same time; then they measure one after the other.
+Points are compiled by several processes at the same time; then they measure one after the other.
 """
 
 from __future__ import annotations
@@ -79,17 +79,24 @@ def norm_only(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
-# ---- one point, in a process of its own --------------------------------------------------------------------------
-def work(point: Point, args: argparse.Namespace, pipe: Connection) -> None:
-    """Prepares, waits for its turn, measures, sends the figures (or what went wrong)."""
-    try:
-        with torch.no_grad():
-            turn = prepare(point, args)
-            pipe.send(None)
-            pipe.recv()
-            pipe.send(turn())
-    except Exception:
-        pipe.send(f"{point.name}: {traceback.format_exc()[-1500:]}")
+# ---- some points, in a process of their own -----------------------------------------------------------------------
+def work(points: Sequence[Point], args: argparse.Namespace, pipe: Connection) -> None:
+    """Prepares its points, waits for its turn, measures one after the other and sends the figures (or what failed)."""
+    turns: dict[Point, Callable[[], dict[str, Any]]] = {}
+    with torch.no_grad():
+        for point in points:
+            try:
+                turns[point] = prepare(point, args)
+            except Exception:
+                pipe.send(f"{point.name}: {traceback.format_exc()[-1500:]}")
+        pipe.send(None)
+        pipe.recv()
+        for point, turn in turns.items():
+            try:
+                pipe.send(turn())
+            except Exception:
+                pipe.send(f"{point.name}: {traceback.format_exc()[-1500:]}")
+    pipe.send(None)
 
 
 def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, Any]]:
@@ -108,9 +115,9 @@ def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, An
     row = harness.Row(point.name, floor=harness.floor_seconds(moved, float(traffic.flops), dtype))
     reference = gated_mlp(*(t.float() for t in inputs[0]))
     columns = {"eager": gated_mlp, "inductor": harness.compiled(gated_mlp, "inductor")}
-    if args.max_autotune:
-        columns["max-autotune"] = harness.compiled(gated_mlp, "inductor", mode="max-autotune-no-cudagraphs")
     columns["ours"] = harness.compiled(gated_mlp, "fusion_compiler")
+    if args.max_autotune and point.m in map(int, args.tuned.split(",")):
+        columns["max-autotune"] = harness.compiled(gated_mlp, "inductor", mode="max-autotune-no-cudagraphs")
     for name, fn in columns.items():
         row.error[name] = harness.relative_error(fn(*inputs[0]), reference)
     report = fusion_compiler.last_report()
@@ -170,26 +177,26 @@ def prepared(
 # ---- all points -------------------------------------------------------------------------------------------------
 def sweep(points: Sequence[Point], args: argparse.Namespace) -> list[dict[str, Any]]:
     spawn = multiprocessing.get_context("spawn")
-    began, running = time.perf_counter(), []
-    for point in points:
+    began, running, rows = time.perf_counter(), [], list[dict[str, Any]]()
+    jobs = min(args.jobs, len(points))
+    for first in range(jobs):
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=work, args=(point, args, theirs), daemon=True)
+        process = spawn.Process(target=work, args=(points[first::jobs], args, theirs), daemon=True)
         process.start()
-        running.append((point, ours, process))
-    ready = [(point, pipe, pipe.recv()) for point, pipe, _ in running]
-    print(f"{len(points)} points compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    rows = []
-    for _, pipe, problem in ready:
-        if problem is None:
-            pipe.send("your turn")
-            problem = pipe.recv()
-        if isinstance(problem, dict):
-            rows.append(problem)
-            print(line(problem), flush=True)
-            harness.write_json(args.json, torch.device("cuda"), rows)
-        else:
+        running.append((ours, process))
+    for pipe, _ in running:
+        for problem in iter(pipe.recv, None):
             print(problem, file=sys.stderr, flush=True)
-    for _, _, process in running:
+    print(f"{len(points)} points compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    for pipe, process in running:
+        pipe.send("your turn")
+        for figures in iter(pipe.recv, None):
+            if isinstance(figures, dict):
+                rows.append(figures)
+                print(line(figures), flush=True)
+                harness.write_json(args.json, torch.device("cuda"), rows)
+            else:
+                print(figures, file=sys.stderr, flush=True)
         process.join()
     return rows
 
@@ -259,6 +266,8 @@ def main() -> None:
     parser = harness.arguments(__doc__, rounds=ROUNDS)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of which models (default %(default)s)")
     parser.add_argument("--m", default=",".join(map(str, ROWS)), help="values of M (default %(default)s)")
+    parser.add_argument("--tuned", default="2,16,64,256,1024", help="M with --max-autotune (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile (default %(default)s)")
     parser.add_argument("--plans", type=int, default=4, help="generated kernels to time, of each kind (default 4)")
     parser.add_argument("--merge", nargs="+", type=Path, help="read figures measured before instead of measuring")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the times over the floor")

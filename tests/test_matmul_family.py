@@ -218,6 +218,13 @@ def test_measured_times_are_predicted_within_a_fifth() -> None:
         assert abs(predicted * 1e6 / microseconds - 1) < 0.2, (k, n, m, predicted)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 256])
+def test_autotuning_has_plans_to_choose_from(rows: int) -> None:
+    found = offered(family(rows, 2048, 8192, None, SWIGLU, BRAIN))
+    assert len({c.kernel for c in found}) == len(found) >= matmul.PLAUSIBLE
+    assert found[matmul.PLAUSIBLE - 1].seconds <= 1.1 * found[0].seconds
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_spliced_kernel_computes_what_it_replaces(trace: object, dynamic: bool) -> None:
     def model(x: torch.Tensor, g: torch.Tensor, w0: torch.Tensor, w1: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matmul_family_cases import (
     BIAS,
     GEGLU_RESIDUAL,
@@ -22,9 +23,12 @@ from matmul_family_cases import (
     run,
 )
 
+import fusion_compiler as fc
+from fusion_compiler.backend import fusion_compiler
 from fusion_compiler.fused import RowNorm, Site
 from fusion_compiler.lowering.triton_codegen import matmul
 from fusion_compiler.lowering.triton_codegen.plans import Plan
+from fusion_compiler.machine import TABLE
 from fusion_compiler.splice import Builder, clean, replace
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
@@ -102,3 +106,32 @@ def test_what_no_descriptor_can_hold_is_copied(trace: object) -> None:
     clean(gm)
     assert sum(n.target is torch.ops.aten.clone.default for n in gm.graph.nodes) == 1
     torch.testing.assert_close(gm(x, w), model(x, w), rtol=1e-4, atol=1e-4)
+
+
+def test_every_range_of_rows_is_right_at_its_ends_and_compiled_once() -> None:
+    def glu(x: torch.Tensor, g: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        h = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * g
+        return F.silu(F.linear(h, gate)) * F.linear(h, up)
+
+    # starting a kernel is so dear there that everything is fused
+    dear = dataclasses.replace(TABLE["h200"], launch_overhead=1e-3)
+    options = {"machine": dear, "remainder": "eager", "strict": True}
+    run = torch.compile(glu, backend=fusion_compiler, options=options)
+    operands = (torch.rand(64) + 0.5, torch.randn(96, 64) / 8, torch.randn(96, 64) / 8)
+    g, gate, up = (t.to(HALF) for t in operands)
+    rows, kernels = [100], set()
+    while rows:
+        x = torch.randn(rows.pop(), 64, dtype=HALF)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        with torch.no_grad():
+            out, eager = run(x, g, gate, up), glu(x, g, gate, up)
+            exact = glu(*(t.double() for t in (x, g, gate, up)))
+        ours, own = ((t.double() - exact).norm() for t in (out, eager))
+        assert ours <= 1.5 * own, (len(x), ours / own)
+        if not kernels:
+            (decision,) = fc.last_report().fused
+            rows = [m for r in decision.ranges for m in (r.lo, r.hi or 2 * r.lo)]
+            assert len(decision.ranges) == 3 and len(rows) == 6
+        kernels |= {d.kernel for r in fc.reports() for d in r.fused}
+    assert len(fc.reports()) == 3
+    assert {k.split()[1][:4] for k in kernels} == {"swap", "tile"}

@@ -30,22 +30,24 @@ if TYPE_CHECKING:
 Matmuls = MatmulFamily | MatmulGroup
 ROW_LIMITS = (4, 16, 64)  # where M is symbolic: one kernel serves 1..limit rows
 TILED_ROWS = (128, 512, 4096)  # and the tiles that are best for so many serve any number
+PLAUSIBLE = 4  # plans worth a measurement
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
-    """The best plan of each kind for each range of M, cheapest first."""
+    """The best plan of each kind for each range of M, cheapest first; for a known M also what is predicted to be nearly
+    as fast as the best, for autotuning to choose from."""
     refusal = _refusal(op, machine)
     if refusal is not None:
         return Unavailable(refusal)
     m = amount(op.m)
     planned: list[tuple[Plan, Any]]
     if isinstance(m, int):
-        planned = [(plan, m) for plan in best_plans(op, machine, m)]
+        likely = [*best_plans(op, machine, m), *plausible_plans(op, machine, m)[:PLAUSIBLE]]
+        planned = [(plan, m) for plan in dict.fromkeys(likely)]
     else:
-        planned = [(p, limit) for limit in ROW_LIMITS for p in best_plans(op, machine, limit) if p.kind != "tile"]
-        planned += [(p, m) for rows in TILED_ROWS for p in best_plans(op, machine, rows) if p.kind == "tile"]
-        planned = list(dict.fromkeys(planned))
+        planned = [(plan, limit) for limit in ROW_LIMITS for plan in best_plans(op, machine, limit)]
+        planned += dict.fromkeys((plan, m) for rows in TILED_ROWS for plan in best_plans(op, machine, rows))
     found = [_candidate(op, machine, plan, rows) for plan, rows in planned]
     if not found:
         return Unavailable(_no_plan(op, machine))
@@ -53,8 +55,8 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
     return sorted(found, key=lambda c: float(sympy.sympify(c.seconds).subs(few)))
 
 
-def plausible_plans(op: Matmuls, machine: Machine, rows: int, within: float = 1.15) -> list[Plan]:
-    """The plans predicted within a factor of the fastest, fastest first: what autotuning would measure."""
+def plausible_plans(op: Matmuls, machine: Machine, rows: int, within: float = 1.1) -> list[Plan]:
+    """The plans predicted within a factor of the fastest, fastest first."""
     timed = sorted(_predicted(op, machine, rows), key=lambda pair: pair[0])
     return [plan for seconds, plan in timed if seconds <= within * timed[0][0]]
 
@@ -96,13 +98,13 @@ def _refusal(op: Matmuls, machine: Machine) -> str | None:
 def _no_plan(op: Matmuls, machine: Machine) -> str:
     m = amount(op.m)
     if isinstance(m, int) and m > predict.MOST_ROWS:
-        why = "linears with a result each are not" if len(op.parts) > 1 else tiles.refusal(op.whole, machine)
+        why = "linears with a result each are not" if len(op.parts) > 1 else tiles.refusal(op.whole, machine, m)
         return f"M = {m}: beyond {predict.MOST_ROWS} rows kernels are tiled, and {why or 'no tile fits this machine'}"
     return f"no plan for {m} rows of {op.dtype} fits {machine.name} ({machine.arch})"
 
 
 def _candidate(op: Matmuls, machine: Machine, plan: Plan, rows: Any) -> Candidate:
-    """`rows`: the most that the plan serves; of tiles, which serve any number, the number there is."""
+    """`rows`: the most that the plan is to serve, or the symbolic number there is where it serves any."""
     m = amount(op.m)
     symbolic = not isinstance(m, int)
     return Candidate(
@@ -111,7 +113,7 @@ def _candidate(op: Matmuls, machine: Machine, plan: Plan, rows: Any) -> Candidat
         traffic=matmul_traffic(op),
         seconds=predict.seconds(op.whole, plan, machine, _moved(op) if symbolic else float(_moved(op)), rows),
         emit=functools.partial(emit, op, plan),
-        valid=sympy.Le(m, rows) if symbolic and plan.kind != "tile" else True,
+        valid=sympy.Le(m, rows) if symbolic and rows != m else True,
         details=(
             ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k), ("num_warps", plan.num_warps),
             ("num_stages", plan.num_stages), *([] if symbolic else [("blocks", programs(op, plan))]),

@@ -31,6 +31,7 @@ class Plan:
     num_warps: int
     num_stages: int = 1
     lanes: int = 1  # gemv: neighbouring elements of K summed inside a thread at every step
+    group: int = 1  # tile: so many tiles along M follow each other with the same weights
     gram: bool = False  # swap: an RMSNorm's Σ x² is the diagonal of x·xᵀ, taken from the matrix unit
 
     @property
@@ -46,4 +47,5 @@ class Plan:
     def label(self) -> str:
         lanes = f"l{self.lanes}" if self.lanes > 1 else ""
         lanes += "g" if self.gram else ""
+        lanes += f"g{self.group}" if self.kind == "tile" else ""
         return f"{self.kind}{self.rows}_n{self.block_n}k{self.block_k}w{self.num_warps}s{self.num_stages}{lanes}"

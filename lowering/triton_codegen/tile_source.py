@@ -12,8 +12,6 @@ import torch
 from .pointwise import literal, print_pointwise
 from .writer import Writer, mask_argument
 
-GROUP = 8  # tiles along M that follow each other and share their weights in L2
-
 
 class Tile(Writer):
     """`tl.dot` of tiles of x [rows, BLOCK_K] and weights; accumulators [rows, BLOCK_N]."""
@@ -34,15 +32,15 @@ class Tile(Writer):
         return blocks | {f"w{i}": weight for i in range(self.op.weights)}
 
     def indices(self) -> None:
-        rows = self.plan.rows
+        rows, group = self.plan.rows, self.plan.group
         m = "M" if self.known.m is None else str(self.known.m)
         self.emit(
             f"tiles_m = tl.cdiv({m}, {rows})",
             "tiles_n = tl.cdiv(N, BLOCK_N)",
             "tile = tl.program_id(0)",
-            f"group = tile // ({GROUP} * tiles_n) * {GROUP}",
-            f"size = min(tiles_m - group, {GROUP})",
-            f"within = tile % ({GROUP} * tiles_n)",
+            f"group = tile // ({group} * tiles_n) * {group}",
+            f"size = min(tiles_m - group, {group})",
+            f"within = tile % ({group} * tiles_n)",
             f"first_m = (group + within % size) * {rows}",
             "first_n = within // size * BLOCK_N",
             f"m = first_m + tl.arange(0, {rows})",

@@ -1,7 +1,7 @@
 """Tiled plans: which are worth predicting, and their predicted time.
 
 seconds = start + ‖(memory, work)‖₄ + launch overhead
-memory  = bytes / bandwidth, weights and x once; what further tiles read again comes from L2 and hides
+memory  = bytes / bandwidth: x once, the weights once for each group of tiles; what else is read again comes from L2
 work    = Σ over rounds of resident blocks: fill + steps · ‖(blocks on an SM · products of a step, latency of a stage)‖₃
 
 The latency of memory is spread over the pipeline's stages; the last round may leave an SM with fewer blocks. All of it
@@ -28,7 +28,8 @@ from .footprint import REGISTERS_PER_THREAD, registers, resident_blocks, shared_
 from .plans import Plan
 from .writer import norm_mode
 
-LEAST_ROWS = 49  # fewer leave too much of a tile empty
+LEAST_ROWS = 17  # for fewer, plans that hold all rows are always better
+FOLDED_ROWS = 64  # of one tile
 ACCUMULATORS = 128  # registers of a thread for the products; more leave too few for the rest
 DESCRIPTOR_STEP = 16  # bytes: rows of a matrix that a descriptor holds lie multiples of it apart
 
@@ -37,7 +38,8 @@ DESCRIPTOR_STEP = 16  # bytes: rows of a matrix that a descriptor holds lie mult
 class TileConstants:
     """Seconds: `start` before the first and after the last step, `fill` for each round of blocks, `latency` of memory,
     `x_element` of an SM per element of x that a folded norm handles. Fractions of the machine's rates that steady tiles
-    reach: `compute` of its matrix units', `memory` of its (copy) bandwidth."""
+    reach: `compute` of its matrix units', `memory` of its (copy) bandwidth. A kernel whose tiles reach beyond the last
+    row takes longer by `empty` times the fraction of their rows that does."""
 
     start: float
     fill: float
@@ -45,6 +47,7 @@ class TileConstants:
     x_element: float
     compute: float
     memory: float
+    empty: float
 
 
 @functools.cache
@@ -53,8 +56,8 @@ def constants() -> TileConstants:
     return TileConstants(**raw["tile"])
 
 
-def refusal(op: MatmulFamily, machine: Machine) -> str | None:
-    """Why no tiled kernel is made for `op`, in a sentence."""
+def refusal(op: MatmulFamily, machine: Machine, rows: int) -> str | None:
+    """Why no tiled kernel is made for so many rows of `op`, in a sentence."""
     if machine.kind != "cuda" or machine.capability < 90:
         return f"{machine.name} ({machine.arch}) has no copy engine for tiles (Hopper and newer have)"
     if op.dtype == torch.float32:
@@ -63,20 +66,25 @@ def refusal(op: MatmulFamily, machine: Machine) -> str | None:
         return f"rows of its matrices are no multiple of {DESCRIPTOR_STEP} bytes, which the copy engine needs; pad them"
     if norm_mode(op, Plan("tile", 64, 64, 64, 4)) == "first":
         return "a tiled kernel folds no norm that needs a pass over x of its own"
+    if op.norm is not None and rows > FOLDED_ROWS:
+        return "every column of tiles would compute the norm again, which a kernel of its own does once"
     return None
 
 
 def plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
     """Every tiled plan for `rows` rows that fits `machine`."""
-    if rows < LEAST_ROWS or refusal(op, machine):
+    if rows < LEAST_ROWS or refusal(op, machine, rows):
         return
     for block_m, block_n, block_k, stages in itertools.product((64, 128), (32, 64, 128), (64, 128), (3, 4, 6)):
-        for warps in (4, 8):
-            plan = Plan("tile", block_m, block_n, block_k, warps, stages)
+        for warps in (8, 4):
+            # a round of blocks reads the fewest bytes where its tiles cover as many rows of x as of weights
+            square = math.sqrt(machine.num_sms * op.weights * block_n / block_m)
+            plan = Plan("tile", block_m, block_n, block_k, warps, stages, group=2 ** round(math.log2(square)))
             products = op.weights * block_m * block_n // (32 * warps)
-            # four warps are one group of the matrix unit, 64 rows high; handling x keeps a second one from its products
-            starved = warps == 8 and (block_m < 128 or products < (ACCUMULATORS if op.norm else ACCUMULATORS // 2))
-            if block_m > 64 * math.ceil(rows / 64) or products > ACCUMULATORS or starved:
+            # four warps are one group of the matrix unit, 64 rows high; a folded norm needs registers for x too
+            if warps == 8 and (block_m < 128 or products < ACCUMULATORS // 2):
+                continue
+            if block_m > 64 * math.ceil(rows / 64) or products > (ACCUMULATORS // 2 if op.norm else ACCUMULATORS):
                 continue
             if shared_memory(op, plan) <= machine.shared_memory and registers(op, plan) <= REGISTERS_PER_THREAD:
                 yield plan
@@ -98,5 +106,7 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, m: Any) 
     last = ceil_div(blocks - (rounds - 1) * sms * resident, sms)
     whole = ((resident * busy) ** 3 + waiting**3) ** (1 / 3)
     work = rounds * known.fill + steps * ((rounds - 1) * whole + ((last * busy) ** 3 + waiting**3) ** (1 / 3))
-    memory = moved / (machine.memory_bandwidth * known.memory)
-    return known.start + machine.launch_overhead + (memory**4 + work**4) ** 0.25
+    again = op.weights * int(op.n) * int(op.k) * op.dtype.itemsize * (ceil_div(m, plan.rows * plan.group) - 1)
+    memory = (moved + again) / (machine.memory_bandwidth * known.memory)
+    empty = 1 - m / (ceil_div(m, plan.rows) * plan.rows)
+    return known.start + machine.launch_overhead + (memory**4 + work**4) ** 0.25 * (1 + known.empty * empty)
