@@ -9,6 +9,7 @@ Tried on torch 2.11.0 and 2.13.0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,28 +27,33 @@ def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], inner_compile: InnerCompile, patches: Mapping[str, Any]
 ) -> Any:
     """Compiles a Dynamo graph as Inductor does, with `inner_compile` as the step that compiles ATen graphs."""
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     specialize_constant_floats(gm)
-    with config.patch(dict(patches)):
-        passes, decomposed = CheckAttention(config.joint_custom_pre_pass), decompositions.table()
     with torch._functorch.config.patch(enable_autograd_cache=False), checked():
         # compile_fx puts the patches around inner_compile too, so they hold when the backward is compiled
-        return compile_fx(
-            gm,
-            example_inputs,
-            inner_compile=inner_compile,
-            config_patches={**patches, "joint_custom_pre_pass": passes},
-            decompositions=decomposed,
-        )
+        return compile_fx(gm, example_inputs, **with_whole_products(inner_compile, patches))
 
 
-def compile_aten(gm: GraphModule, example_inputs: Sequence[Any], **context: Any) -> Any:
-    """Inductor's own last step, on a graph whose matrix products are still whole."""
+def with_whole_products(inner_compile: InnerCompile, patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `compile_fx` that leave matrix products as they are until `compile_aten`."""
+    from torch._inductor import config
+
+    with config.patch(dict(patches)):
+        passes, decomposed = CheckAttention(config.joint_custom_pre_pass), decompositions.table()
+        pads = config.shape_padding
+    return {
+        "inner_compile": functools.partial(inner_compile, pads=pads),
+        "config_patches": {**patches, "joint_custom_pre_pass": passes, "shape_padding": False},
+        "decompositions": decomposed,
+    }
+
+
+def compile_aten(gm: GraphModule, example_inputs: Sequence[Any], *, pads: bool = False, **context: Any) -> Any:
+    """Inductor's own last step, on a graph whose matrix products are still whole; it `pads` those that this helps."""
     from torch._inductor.compile_fx import compile_fx_inner
 
-    decompositions.finish(gm)
+    decompositions.finish(gm, pads=pads)
     # newer torch hands our table on as a local function, which would keep the graph out of Inductor's cache
     context.pop("get_decomp_fn", None)
     return compile_fx_inner(gm, example_inputs, **context)

@@ -15,8 +15,8 @@ from unittest import mock
 
 import torch._functorch.config
 
-from .. import decompositions
-from .attention_rewrite import CheckAttention, checked
+from .attention_rewrite import checked
+from .inductor import with_whole_products
 
 _alone = threading.Lock()
 
@@ -26,7 +26,7 @@ def compile_and_package(
 ) -> str:
     """The path of the package of `program`, in whose compilation `step` compiles the ATen graph."""
     import torch._inductor.compile_fx as module
-    from torch._inductor import aoti_compile_and_package, config
+    from torch._inductor import aoti_compile_and_package
 
     original, owner = module.compile_fx, threading.get_ident()
 
@@ -34,15 +34,9 @@ def compile_and_package(
         if threading.get_ident() != owner:  # somebody else compiles meanwhile
             return original(*args, **kwargs)
         module.compile_fx = original  # which calls itself by this name, with what it is given here
-        with config.patch(dict(patches)):
-            passes = CheckAttention(config.joint_custom_pre_pass)
-        ours = {
-            # theirs is a partial of Inductor's own step, with what that needs to know
-            "inner_compile": functools.partial(step, **kwargs["inner_compile"].keywords),
-            "config_patches": {**kwargs["config_patches"], "joint_custom_pre_pass": passes},
-            "decompositions": decompositions.table(),
-        }
-        return original(*args, **{**kwargs, **ours})
+        # theirs is a partial of Inductor's own step, with what that needs to know
+        own = functools.partial(step, **kwargs["inner_compile"].keywords)
+        return original(*args, **{**kwargs, **with_whole_products(own, {**patches, **kwargs["config_patches"]})})
 
     with _alone, mock.patch.object(module, "compile_fx", with_ours), checked():
         return str(aoti_compile_and_package(program, package_path=path, inductor_configs=dict(patches)))

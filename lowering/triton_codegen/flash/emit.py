@@ -39,8 +39,9 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
     arguments |= {name: _size(builder, name) for name in source.symbols}
     arguments |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     grid = [op.heads, builder.ceil_div(op.q_len, plan.block_m), op.batch]
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    launched = builder.triton(load_kernel(source.text, NAME), grid, arguments, ["out"], **options)
+    launched = builder.triton(
+        load_kernel(source.text, NAME), grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages
+    )
     return builder.reshape(launched["out"], op.out.merged)
 
 
