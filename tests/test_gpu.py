@@ -101,7 +101,7 @@ def test_the_matmul_family_at_every_number_of_rows(dtype: torch.dtype) -> None:
             layer_norm_linear,
             (randn(k, dtype=dtype), randn(n, k, dtype=dtype, scale=k**-0.5), randn(n, dtype=dtype)),
         ),
-        "linear_act": (linear_gelu, (randn(n, k, dtype=dtype, scale=k**-0.5), randn(n, dtype=dtype))),
+        "linear_epilogue": (linear_gelu, (randn(n, k, dtype=dtype, scale=k**-0.5), randn(n, dtype=dtype))),
     }
     for name, (fn, operands) in cases.items():
         for m in (1, 2, 5, 16, 17, 64, 100, 300):
