@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -85,6 +87,9 @@ def work(points: Sequence[Point], args: argparse.Namespace, pipe: Connection) ->
     turns: dict[Point, Callable[[], dict[str, Any]]] = {}
     with torch.no_grad():
         for point in points:
+            if time.time() > args.began + args.seconds:
+                pipe.send(f"{point.name}: not prepared within {args.seconds} s")
+                continue
             try:
                 turns[point] = prepare(point, args)
             except Exception:
@@ -177,8 +182,10 @@ def prepared(
 # ---- all points -------------------------------------------------------------------------------------------------
 def sweep(points: Sequence[Point], args: argparse.Namespace) -> list[dict[str, Any]]:
     spawn = multiprocessing.get_context("spawn")
-    began, running, rows = time.perf_counter(), [], list[dict[str, Any]]()
-    jobs = min(args.jobs, len(points))
+    running, rows = [], list[dict[str, Any]]()
+    jobs, args.began = min(args.jobs, len(points)), time.time()
+    # several processes compile already; a pool in each of them would only get in the way
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     for first in range(jobs):
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=work, args=(points[first::jobs], args, theirs), daemon=True)
@@ -187,7 +194,7 @@ def sweep(points: Sequence[Point], args: argparse.Namespace) -> list[dict[str, A
     for pipe, _ in running:
         for problem in iter(pipe.recv, None):
             print(problem, file=sys.stderr, flush=True)
-    print(f"{len(points)} points compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"prepared in {time.time() - args.began:.0f} s", file=sys.stderr, flush=True)
     for pipe, process in running:
         pipe.send("your turn")
         for figures in iter(pipe.recv, None):
@@ -268,22 +275,22 @@ def main() -> None:
     parser.add_argument("--m", default=",".join(map(str, ROWS)), help="values of M (default %(default)s)")
     parser.add_argument("--tuned", default="2,16,64,256,1024", help="M with --max-autotune (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin to compile no point after so long")
     parser.add_argument("--plans", type=int, default=4, help="generated kernels to time, of each kind (default 4)")
     parser.add_argument("--merge", nargs="+", type=Path, help="read figures measured before instead of measuring")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the times over the floor")
     args = parser.parse_args()
     points = {p.name: p for p in (Point(s, int(m)) for m in args.m.split(",") for s in args.shapes.split(","))}
-    known: dict[str, dict[str, Any]] = {}
-    for path in args.merge or []:
-        known |= {row["name"]: row for row in json.loads(path.read_text())["rows"]}
-    if known:
+    if args.merge:
+        parts = [json.loads(path.read_text()) for path in args.merge]
+        known = {row["name"]: row for part in parts for row in part["rows"]}
         rows = [known[name] for name in points if name in known]
+        if args.json:  # measured where and when the first part says
+            args.json.write_text(json.dumps({**parts[0], "rows": rows}, indent=1) + "\n")
     elif torch.cuda.is_available():
         rows = sweep([points[name] for name in harness.chosen(list(points), args.only)], args)
     else:
         raise SystemExit("the sweep needs a CUDA device; --merge shows figures measured before")
-    if args.merge:
-        harness.write_json(args.json, torch.device(args.device), rows)
     if args.plot:
         plot(rows, args.plot)
     print(table(rows))
