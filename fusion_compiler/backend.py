@@ -24,7 +24,7 @@ from . import layout, measure, registry, select, splice, verify
 from . import report as reporting
 from .candidates import Candidate, Unavailable
 from .config import Options
-from .fused import Declared, MatmulFamily, MatmulGroup, Site
+from .fused import Declared, MatmulFamily, MatmulGroup, QuantisedAttention, Site
 from .judge import Offer, judge, offer
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
@@ -264,7 +264,9 @@ def judge_all(
             continue
         offers = []
         for op, site in ((match.op, match.site), *match.alternatives):
-            refusal = legality.check(site, complex_numbers=isinstance(op, Declared))
+            refusal = legality.check(
+                site, complex_numbers=isinstance(op, Declared), codes=isinstance(op, QuantisedAttention)
+            )
             if refusal is None:
                 offers.append(offer(op, site, target, offering))
             else:

@@ -287,6 +287,34 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """How keys or values are stored: each is (code − shift − zero) · scale.
+
+    A code is an integer of 8 bits, a float8, or one of two integers of 4 bits in a byte: the low ones are the even
+    elements of a row where `packed` is "pairs", its first half where it is "halves". scale and zero broadcast to what
+    is stored and are the same for all elements of a row.
+    """
+
+    dtype: torch.dtype
+    packed: Literal["", "pairs", "halves"] = ""
+    shift: float = 0.0
+    has_zero: bool = False
+
+
+@dataclass(frozen=True)
+class QuantisedAttention:
+    """An attention whose keys or values are stored as codes: `attention` says what it computes of what they stand for.
+
+    Operands of a site are those of the attention with the stored codes as k and v, then the scale and [zero] of k where
+    `k` is set, then those of v. A row of two elements to a byte is half as long.
+    """
+
+    attention: Attention
+    k: Codes | None
+    v: Codes | None
+
+
+@dataclass(frozen=True)
 class RopeCache:
     """What stands before an attention with a static cache: q and k turned, k and v written where new tokens belong.
 
@@ -342,7 +370,7 @@ class Declared:
     respelled: str = ""  # says how, where the function itself is a better spelling of what stands in the graph
 
 
-FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | RopeCache | Declared
+FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | QuantisedAttention | RopeCache | Declared
 
 
 @dataclass(frozen=True)

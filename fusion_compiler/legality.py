@@ -10,7 +10,7 @@ graph, so nothing on such a path waits for the fused node and no cycle can arise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 # Fused kernels accumulate in float32, which would lose what float64 holds.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 # Too dear to be computed twice, once in the fused kernel and once for somebody else.
 EXPENSIVE = (
@@ -39,10 +40,11 @@ class Legality:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.writes = [(node, written) for node in graph.nodes for written in mutated(node)]
 
-    def check(self, site: Site, *, complex_numbers: bool = False) -> str | None:
-        """Why `site` must not be replaced by one node, or None. `complex_numbers`: these are no obstacle."""
+    def check(self, site: Site, *, complex_numbers: bool = False, codes: bool = False) -> str | None:
+        """Why `site` must not be replaced by one node, or None. `complex_numbers`, `codes` (float8 that something is
+        stored in): these are no obstacle."""
         return (
-            _values(site, complex_numbers)
+            _values(site, complex_numbers, CODES if codes else ())
             or self._late_operand(site)
             or _escapes(site)
             or _randomness(site)
@@ -77,7 +79,7 @@ class Legality:
         return None
 
 
-def _values(site: Site, complex_numbers: bool) -> str | None:
+def _values(site: Site, complex_numbers: bool, codes: Sequence[torch.dtype]) -> str | None:
     home = site.output.meta["val"].device if isinstance(site.output.meta.get("val"), torch.Tensor) else None
     if home is None:
         return f"{site.output.name} is not one tensor"
@@ -87,7 +89,7 @@ def _values(site: Site, complex_numbers: bool) -> str | None:
             continue  # a constant of the formula
         if value.is_complex() and not complex_numbers:
             return f"{_named(node)} is complex ({value.dtype}); fused kernels handle real numbers"
-        if value.is_floating_point() and value.dtype not in FLOATS:
+        if value.is_floating_point() and value.dtype not in (*FLOATS, *codes):
             return f"{_named(node)} is {value.dtype}; fused kernels take float16, bfloat16 and float32"
         if value.layout is not torch.strided:
             return f"{_named(node)} has layout {value.layout}; fused kernels read strided tensors"

@@ -4,7 +4,8 @@ axes, arrangements: views as factorised axes, and back · contraction: batched p
 two products · softmax, late_division: the softmax in every spelling · masks: what a mask is proved to be, from
 index_functions and limits · roles: which axis is which · sdpa_calls: attention that the graph already calls by name ·
 refusals: why something is none ·
-operands: operands as nodes of the shapes that kernels want · reference: what a registered kernel computes ·
+operands: operands as nodes of the shapes that kernels want · quantised: keys and values that are stored as codes ·
+reference: what a registered kernel computes ·
 declared: patterns of attention that users declare.
 """
 

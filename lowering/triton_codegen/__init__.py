@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, RopeCache, RowReduction
+from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, QuantisedAttention, RopeCache, RowReduction
 from ...machine import Machine
 from . import decode, flash, matmul, packed_linear, rope_cache, row_reduction
 
@@ -30,6 +30,8 @@ class TritonCodegen:
             return matmul.candidates(op, machine)
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
+        if isinstance(op, QuantisedAttention):
+            return decode.candidates(op, machine)
         if isinstance(op, RopeCache):
             return rope_cache.candidates(op, machine)
         if isinstance(op, Attention):

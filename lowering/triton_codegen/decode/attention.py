@@ -5,6 +5,7 @@ Where the mask counts from a position on the device, time follows the keys that 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from ....attention.operands import named
 from ....candidates import Candidate, Unavailable
 from ....cost.amounts import amount
-from ....fused import Attention, Layout, Site
+from ....fused import Attention, Codes, Layout, QuantisedAttention, Site, Size
 from ....machine import Machine
 from ....splice import load_kernel, same_sizes
 from ..matmul import float32_precision
@@ -29,14 +30,16 @@ if TYPE_CHECKING:
     from ....splice import Builder
 
 aten = torch.ops.aten
+NO_CODES = (None, None)
 MOST_ROWS = 128  # query rows per key/value head; with more, a kernel with tiles of queries is the better plan
 WIDEST = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable:
+def candidates(asked: Attention | QuantisedAttention, machine: Machine) -> list[Candidate] | Unavailable:
     """The plan predicted fastest, or why there is none."""
-    refusal = _refusal(op, machine)
+    op, codes = (asked.attention, (asked.k, asked.v)) if isinstance(asked, QuantisedAttention) else (asked, NO_CODES)
+    refusal = _refusal(op, machine) or _unreadable(codes, machine)
     if refusal is not None:
         return Unavailable(refusal)
     plan = predict.best_plan(op, machine)
@@ -47,9 +50,9 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
         Candidate(
             name="triton_decode",
             kernel=f"triton {plan.label}",
-            traffic=predict.traffic(op, plan, keys),
+            traffic=predict.traffic(op, plan, keys, codes),
             seconds=predict.seconds(op, plan, machine, keys),
-            emit=functools.partial(emit, op, plan),
+            emit=functools.partial(emit, op, plan, codes),
             details=(
                 ("rows", plan.rows),
                 ("block", plan.block),
@@ -58,6 +61,7 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
                 ("num_stages", plan.num_stages),
                 ("keys expected", keys),
                 ("mask tensor", op.mask.kind == "tensor"),
+                ("codes", ", ".join("none" if c is None else f"{c.packed} {c.dtype}".strip() for c in codes)),
             ),
         )  # fmt: skip
     ]
@@ -81,6 +85,13 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
     if max(op.head_dim, op.v_dim) > WIDEST:
         return f"head dimension {max(op.head_dim, op.v_dim)} exceeds {WIDEST}"
     return _mask_refusal(op)
+
+
+def _unreadable(codes: tuple[Codes | None, Codes | None], machine: Machine) -> str | None:
+    narrow = {c.dtype for c in codes if c is not None and c.dtype.is_floating_point}
+    if narrow and not (machine.kind == "cuda" and machine.capability >= 89):
+        return f"{machine.name} ({machine.arch}) has no instructions that widen {narrow.pop()}"
+    return None
 
 
 def _mask_refusal(op: Attention) -> str | None:
@@ -108,9 +119,9 @@ def _expression(size: Any) -> sympy.Expr:
 
 
 # ---- emission -------------------------------------------------------------------------------------
-def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
+def emit(op: Attention, plan: Plan, codes: tuple[Codes | None, Codes | None], builder: Builder, site: Site) -> Node:
     """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
-    source, nodes, grid = prepared(op, plan, builder, site)
+    source, nodes, grid = prepared(op, plan, codes, builder, site)
     done = builder.triton(
         load_kernel(source.text, source.name), grid, nodes | source.sizes, source.outputs,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
@@ -119,18 +130,30 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
 
 
 def prepared(
-    op: Attention, plan: Plan, builder: Builder, site: Site
+    op: Attention, plan: Plan, codes: tuple[Codes | None, Codes | None], builder: Builder, site: Site
 ) -> tuple[KernelSource, dict[str, Node], tuple[Any, int]]:
     """The kernel, the tensors it is called with, and its grid.
 
     The mask tensor is read only where nothing better is known of it; otherwise the position alone keeps its nodes.
     """
-    nodes = named(op, site)
+    extra = [
+        f"{n}_{w}"
+        for n, c in zip("kv", codes, strict=True)
+        if c
+        for w in ("scale", "zero")
+        if w == "scale" or c.has_zero
+    ]
+    own = len(site.operands) - len(extra)
+    nodes = named(op, dataclasses.replace(site, operands=site.operands[:own]))
+    nodes |= dict(zip(extra, site.operands[own:], strict=True))
     layouts = dict(zip(("q", "k", "v", "mask"), op.layouts, strict=False))
     if op.mask.kind != "tensor":
         nodes.pop("mask", None)
     read: dict[str, Operand] = {}
-    for name in [n for n in ("q", "k", "v", "mask") if n in nodes]:
+    for name, held in zip("kv", codes, strict=True):
+        if held is not None:
+            read[name] = _coded(builder, nodes, name, held, layouts[name])
+    for name in [n for n in ("q", "k", "v", "mask") if n in nodes and n not in read]:
         nodes[name], strides = _readable(builder, nodes[name], layouts[name])
         read[name] = Operand(nodes[name].meta["val"].dtype, strides)
     device = nodes["q"].meta["val"].device
@@ -148,6 +171,23 @@ def prepared(
         nodes["arrivals"] = builder.zeros(tiles, torch.int32, device)
     source = write(op, plan, operands, float32_precision())
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
+
+
+def _coded(builder: Builder, nodes: dict[str, Node], name: str, codes: Codes, layout: Layout) -> Operand:
+    """Codes, scale and zero as the kernel reads them, through the layout of what they stand for."""
+    shape = layout.split
+
+    def strides(node: Node, columns: Size) -> Axes:
+        with builder.fake_mode, torch.no_grad():
+            view = node.meta["val"].expand(*shape[:-1], columns).permute(layout.order)
+        return _spread(view)
+
+    stored = int(shape[-1]) // (2 if codes.packed else 1)
+    held = {
+        what: Operand(nodes[at].meta["val"].dtype, strides(nodes[at], 1))
+        for what in ("scale", "zero") if (at := f"{name}_{what}") in nodes
+    }  # fmt: skip
+    return Operand(codes.dtype, strides(nodes[name], stored), codes, held.get("scale"), held.get("zero"))
 
 
 def _dtype(nodes: dict[str, Node], name: str) -> torch.dtype | None:

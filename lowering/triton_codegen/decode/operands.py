@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ....fused import Attention, Size
+from ....fused import Attention, Codes, Size
 
 Axes = tuple[Size, Size, Size, Size]
 
@@ -28,10 +28,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor as a kernel reads it: dtype, and strides along batch, heads, positions and columns."""
+    """A tensor as a kernel reads it: dtype, and strides along batch, heads, positions and columns.
+
+    Of k and v that are `codes`, with their scale and zero: 0 where these are broadcast.
+    """
 
     dtype: torch.dtype
     strides: Axes
+    codes: Codes | None = None
+    scale: Operand | None = None
+    zero: Operand | None = None
 
 
 @dataclass(frozen=True)

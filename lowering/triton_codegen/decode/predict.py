@@ -10,6 +10,7 @@ gather  = the last program of a tile waits for the others and reads what they le
 The 7-norm is a soft maximum; symbolic amounts take the maximum itself, which can be solved for crossovers. The
 constants are measured (efficiency.json, with device, date and versions) at 8 to 64 rows.
 
+Keys and values stored as codes are priced like those they stand for: what fewer bytes are worth was not measured.
 How many keys a position on the device will leave visible is not known when compiling. Plans are made for the allocated
 keys, but half of them are priced: the positions of a cache that fills up are evenly spread.
 """
@@ -29,7 +30,7 @@ import torch
 
 from ....candidates import Amount, Traffic
 from ....cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
-from ....fused import Attention
+from ....fused import Attention, Codes
 from ....machine import Machine
 from .operands import Plan, power_of_two, query_rows, row_tiles
 from .source import gathered
@@ -106,11 +107,15 @@ def expected_keys(op: Attention) -> Amount:
     return filled if op.mask.window is None else minimum(filled, op.mask.window + amount(op.q_len))
 
 
-def traffic(op: Attention, plan: Plan, keys: Amount) -> Traffic:
+def traffic(op: Attention, plan: Plan, keys: Amount, codes: tuple[Codes | None, Codes | None]) -> Traffic:
     """k and v (and a mask that is read) once, q, the result, and what the splits leave for the last one."""
+    bytes_per_key = 0.0
+    for width, code in zip((op.head_dim, op.v_dim), codes, strict=True):
+        bits = 8 * op.dtype.itemsize if code is None else 4 if code.packed else 8
+        bytes_per_key += width * bits / 8
     item, pairs = op.dtype.itemsize, amount(op.batch) * int(op.kv_heads)
     rows = pairs * query_rows(op)
-    read = item * (pairs * keys * (op.head_dim + op.v_dim) + rows * op.head_dim)
+    read = pairs * keys * bytes_per_key + item * rows * op.head_dim
     if op.mask.kind == "tensor":
         read = read + amount(op.q_len) * keys * (item if op.mask.tensor == "additive" else 1)
     handed = 4 * rows * plan.splits * (op.v_dim + 2) if plan.splits > 1 else 0

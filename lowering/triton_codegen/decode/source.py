@@ -21,6 +21,7 @@ import torch
 from ....fused import Attention
 from ..pointwise import literal
 from .operands import KernelSource, Operand, Operands, Plan, power_of_two, query_rows, row_tiles
+from .stored import Stored
 from .writer import LOG2E, Writer
 
 NAME = "decode_attention"
@@ -48,7 +49,8 @@ class _Split(Writer):
         self.precision = precision
         self.rows = query_rows(op)
         self.tiles = row_tiles(op, plan)
-        self.width, self.v_width = power_of_two(max(16, op.head_dim)), power_of_two(max(16, op.v_dim))
+        self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype)
+        self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype)
 
     def write(self) -> KernelSource:
         self.indices()
@@ -63,6 +65,9 @@ class _Split(Writer):
             "mask": known.mask.dtype if known.mask else None,
             "position": known.position, "lengths": known.lengths, "scale": known.scale,
         }  # fmt: skip
+        for side in (self.k, self.v):
+            for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero)):
+                optional[f"{side.name}_{what}"] = held.dtype if held is not None else None
         tensors |= {name: dtype for name, dtype in optional.items() if dtype is not None}
         if self.splitting:
             tensors |= {"arrivals": torch.int32, **WORKSPACE}
@@ -82,8 +87,7 @@ class _Split(Writer):
         if self.rows % plan.rows:
             self.emit(f"row_in = row < {self.rows}")
         self.query_index("kv_head")
-        self.emit(f"d = tl.arange(0, {self.width})")
-        self.emit(f"c = tl.arange(0, {self.v_width})")
+        self.emit(f"d = tl.arange(0, {self.k.width})", f"c = tl.arange(0, {self.v.width})")
 
     def inside(self, *bounds: str) -> str:
         return f", mask={' & '.join(b for b in bounds if b)}, other=0.0" if any(bounds) else ""
@@ -91,17 +95,17 @@ class _Split(Writer):
     def row_bound(self, axis: str) -> str:
         return f"row_in{axis}" if self.rows % self.plan.rows else ""
 
-    def column_bound(self, name: str, size: int, axis: str) -> str:
-        return f"({name} < {size}){axis}" if size != power_of_two(max(16, size)) else ""
-
     def cast(self, operand: Operand) -> str:
         return "" if operand.dtype == self.op.dtype else f".to(tl.{str(self.op.dtype).removeprefix('torch.')})"
 
     def queries(self) -> None:
         q = self.operands.q
-        where = self.along("q", q.strides, column="d[:, None]", **self.of_query("[None, :]"))
-        bounds = self.inside(self.row_bound("[None, :]"), self.column_bound("d", self.op.head_dim, "[:, None]"))
-        self.emit(f"q_tile = tl.load({where}{bounds}){self.cast(q)}")
+        bounds = self.inside(self.row_bound("[None, :]"), self.k.bound("[:, None]"))
+        for suffix, column in self.k.parts.items():
+            where = self.along("q", q.strides, column=f"({column})[:, None]", **self.of_query("[None, :]"))
+            self.emit(f"q_tile{suffix} = tl.load({where}{bounds}){self.cast(q)}")
+        if self.k.shifts:
+            self.emit(f"q_total = {' + '.join(f'tl.sum(q_tile{s}.to(tl.float32), 0)' for s in self.k.parts)}")
         scale = literal(self.op.scale * LOG2E if self.binary and self.op.softcap is None else self.op.scale)
         self.scale = scale
         if self.operands.scale is not None:
@@ -119,20 +123,31 @@ class _Split(Writer):
         self.emit("end = first_block + (split + 1) * blocks // active")
 
     def walk(self) -> None:
-        plan, k, v = self.plan, self.operands.k, self.operands.v
+        plan, k, v = self.plan, self.k, self.v
         self.emit(f"step = tl.arange(0, {plan.block})")
-        self.emit(f"k_base = {self.along('k', k.strides, batch='batch', head='kv_head')}")
-        self.emit(f"v_base = {self.along('v', v.strides, batch='batch', head='kv_head')}")
+        for side in (k, v):
+            base = self.along(side.name, side.operand.strides, batch="batch", head="kv_head")
+            self.emit(f"{side.name}_base = {base}")
+            self.of_rows(side, by_key=False)
         self.emit(f'm = tl.full(({plan.rows},), float("-inf"), tl.float32)')
         self.emit(f"l = tl.zeros(({plan.block}, {plan.rows}), tl.float32)")
-        self.emit(f"acc = tl.zeros(({self.v_width}, {plan.rows}), tl.float32)")
+        for suffix in v.parts:
+            self.emit(f"acc{suffix} = tl.zeros(({v.width}, {plan.rows}), tl.float32)")
+        if v.shifts:
+            self.emit(f"surplus = tl.zeros(({plan.rows},), tl.float32)")
         self.emit("for block in range(begin, end):")
         self.level += 1
         self.emit(f"n = block * {plan.block} + step")
-        k_at = self.along("k_base", k.strides, row=f"{self.key(k)}[:, None]", column="d[None, :]")
-        bounds = self.inside("(n < length)[:, None]", self.column_bound("d", self.op.head_dim, "[None, :]"))
-        self.emit(f"k_tile = tl.load({k_at}{bounds}){self.cast(k)}")
-        self.emit(f's = tl.dot(k_tile, q_tile, input_precision="{self.precision}")')
+        self.load(k, "[:, None]", "[None, :]")
+        product = ""
+        for suffix in k.parts:
+            factors = f"{k.decoded(suffix)}, q_tile{suffix}{product}"
+            self.emit(f's = tl.dot({factors}, input_precision="{self.precision}")')
+            product = ", s"
+        if k.shifts:
+            self.emit(f"s = s - {k.along_keys(k.zero(), 'zero')} * q_total[None, :]")
+        if k.operand.scale is not None:
+            self.emit(f"s = s * {k.along_keys('k_scale_here', 'scale')}")
         self.score()
         self.emit("m_new = tl.maximum(m, tl.max(s, 0))")
         base = "m_new"
@@ -140,12 +155,42 @@ class _Split(Writer):
             base = "base"
             self.emit('base = tl.where(m_new == float("-inf"), 0.0, m_new)')
         self.emit(f"alpha = {self.exp(f'm - {base}')}", f"p = {self.exp(f's - {base}[None, :]')}")
-        self.emit("m = m_new", "l = l * alpha[None, :] + p", "acc = acc * alpha[None, :]")
-        v_at = self.along("v_base", v.strides, row=f"{self.key(v)}[None, :]", column="c[:, None]")
-        bounds = self.inside("(n < length)[None, :]", self.column_bound("c", self.op.v_dim, "[:, None]"))
-        self.emit(f"v_tile = tl.load({v_at}{bounds}){self.cast(v)}")
-        self.emit(f'acc = tl.dot(v_tile, p.to(v_tile.dtype), acc, input_precision="{self.precision}")')
+        self.emit("m = m_new", "l = l * alpha[None, :] + p")
+        self.load(v, "[None, :]", "[:, None]")
+        weight = f"p * {v.along_keys('v_scale_here', 'scale')}" if v.operand.scale is not None else "p"
+        self.emit(f"weight = ({weight}).to(tl.{str(self.op.dtype).removeprefix('torch.')})")
+        for suffix in v.parts:
+            self.emit(f"acc{suffix} = acc{suffix} * alpha[None, :]")
+            factors = f"{v.decoded(suffix)}, weight, acc{suffix}"
+            self.emit(f'acc{suffix} = tl.dot({factors}, input_precision="{self.precision}")')
+        if v.shifts:
+            zero = v.along_keys(v.zero(), "zero")
+            self.emit(f"surplus = surplus * alpha + tl.sum(weight.to(tl.float32) * {zero}, 0)")
         self.level -= 1
+        if v.shifts:
+            self.emit(*(f"acc{suffix} = acc{suffix} - surplus[None, :]" for suffix in v.parts))
+
+    def load(self, side: Stored, keys: str, columns: str) -> None:
+        """A tile of keys or values, with the scales and zeros of its rows."""
+        operand, name = side.operand, side.name
+        key = f"{self.key(operand)}{keys}"
+        at = self.along(f"{name}_base", operand.strides, row=key, column=f"{side.index}{columns}")
+        other = ", other=0.0" if operand.dtype.is_floating_point else ", other=0"
+        bounds = " & ".join(b for b in (f"(n < length){keys}", side.bound(columns)) if b)
+        cast = "" if operand.codes is not None else self.cast(operand)
+        self.emit(f"{name}_tile = tl.load({at}, mask={bounds}{other}){cast}")
+        self.of_rows(side, by_key=True)
+
+    def of_rows(self, side: Stored, *, by_key: bool) -> None:
+        """Scale and zero, of the keys at hand or of all keys of a head."""
+        for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero)):
+            if held is None or side.by_key(what) != by_key:
+                continue
+            row = {"row": self.key(held)} if by_key else {}
+            at = self.along(f"{side.name}_{what}", held.strides, batch="batch", head="kv_head", **row)
+            mask = ", mask=n < length, other=0" if by_key else ""
+            name = f"{side.name}_scale_here" if what == "scale" else f"{side.name}_zero_here"
+            self.emit(f"{name} = tl.load({at}{mask}).to(tl.float32)")
 
     def key(self, operand: Operand) -> str:
         """The index of the keys, in 64 bits where offsets within a head may pass 2³¹."""
@@ -180,16 +225,18 @@ class _Split(Writer):
 
     def finish(self) -> None:
         row = self.row_bound("[None, :]")
-        column = self.column_bound("c", self.op.v_dim, "[:, None]")
-        stored = " & ".join(b for b in (row, column) if b)
+        stored = " & ".join(b for b in (row, self.v.bound("[:, None]")) if b)
         mask = f", mask={stored}" if stored else ""
         self.emit("total = tl.sum(l, 0)")
         if not self.splitting:
-            at = self.along("out", self.operands.out.strides, column="c[:, None]", **self.of_query("[None, :]"))
-            self.emit(f"tl.store({at}, {self.result('acc', 'total[None, :]')}{mask})")
+            for suffix, column in self.v.parts.items():
+                index = self.of_query("[None, :]") | {"column": f"({column})[:, None]"}
+                at = self.along("out", self.operands.out.strides, **index)
+                self.emit(f"tl.store({at}, {self.result(f'acc{suffix}', 'total[None, :]')}{mask})")
             return
         self.emit(f"slot = (pair.to(tl.int64) * {self.plan.splits} + split) * {self.rows} + row")
-        self.emit(f"tl.store(partial + slot[None, :] * {self.op.v_dim} + c[:, None], acc{mask})")
+        for suffix, column in self.v.parts.items():
+            self.emit(f"tl.store(partial + slot[None, :] * {self.op.v_dim} + ({column})[:, None], acc{suffix}{mask})")
         bound = f", mask={self.row_bound('')}" if row else ""
         self.emit(f"tl.store(stats + slot * 2, m{bound})", f"tl.store(stats + slot * 2 + 1, total{bound})")
         self.gather()
@@ -207,19 +254,19 @@ class _Split(Writer):
         self.emit(f"row_e = {f'tile * {plan.rows} + ' if self.tiles > 1 else ''}start + tl.arange(0, {rows})")
         self.query_index("kv_head", "_e")
         self.emit(f'm_e = tl.full(({rows},), float("-inf"), tl.float32)', f"total_e = tl.zeros(({rows},), tl.float32)")
-        self.emit(f"acc_e = tl.zeros(({rows}, {self.v_width}), tl.float32)")
+        columns = power_of_two(max(16, width))
+        self.emit(f"c_e = tl.arange(0, {columns})", f"acc_e = tl.zeros(({rows}, {columns}), tl.float32)")
         self.emit(f"for first in range(0, active, {splits}):")
         self.level += 1
         self.emit(f"part = first + tl.arange(0, {splits})")
         # rows before splits: a warp takes rows of its own, and a thread adds up all splits of its columns
         self.emit(f"held = (row_e < {self.rows})[:, None] & (part < active)[None, :]")
         self.emit(f"slots = (pair.to(tl.int64) * {plan.splits} + part)[None, :] * {self.rows} + row_e[:, None]")
-        column = self.column_bound("c", width, "[None, None, :]")
-        tile = f"held[:, :, None]{f' & {column}' if column else ''}"
+        tile = "held[:, :, None]" + (f" & (c_e < {width})[None, None, :]" if columns != width else "")
         for name, at, inside, other in (
             ("m_part", "stats + slots * 2", "held", 'float("-inf")'),
             ("l_part", "stats + slots * 2 + 1", "held", "0.0"),
-            ("acc_part", f"partial + slots[:, :, None] * {width} + c[None, None, :]", tile, "0.0"),
+            ("acc_part", f"partial + slots[:, :, None] * {width} + c_e[None, None, :]", tile, "0.0"),
         ):
             self.emit(f'{name} = tl.load({at}, mask={inside}, other={other}, cache_modifier=".cg")')
         self.emit("m_all = tl.maximum(m_e, tl.max(m_part, 1))")
@@ -228,7 +275,6 @@ class _Split(Writer):
         self.emit("m_e = m_all", "total_e = total_e * shrink + tl.sum(l_part * weight, 1)")
         self.emit("acc_e = acc_e * shrink[:, None] + tl.sum(acc_part * weight[:, :, None], 1)")
         self.level -= 1
-        at = self.along("out", self.operands.out.strides, column="c[None, :]", **self.of_query("_e[:, None]"))
-        column = self.column_bound("c", width, "[None, :]")
-        inside = f"(row_e < {self.rows})[:, None]{f' & {column}' if column else ''}"
+        at = self.along("out", self.operands.out.strides, column="c_e[None, :]", **self.of_query("_e[:, None]"))
+        inside = f"(row_e < {self.rows})[:, None]" + (f" & (c_e < {width})[None, :]" if columns != width else "")
         self.emit(f"tl.store({at}, {self.result('acc_e', 'total_e[:, None]')}, mask={inside})")
