@@ -290,9 +290,8 @@ class Attention:
 class Codes:
     """How keys or values are stored: each is (code − shift − zero) · scale.
 
-    A code is an integer of 8 bits, a float8, or one of two integers of 4 bits in a byte: the low ones are the even
-    elements of a row where `packed` is "pairs", its first half where it is "halves". scale and zero broadcast to what
-    is stored and are the same for all elements of a row.
+    A code is an integer or float of 8 bits, or one of two integers in a byte: the low ones are the even elements of a row
+    where `packed` is "pairs", its first half where it is "halves". A row has one scale and one zero.
     """
 
     dtype: torch.dtype
@@ -305,8 +304,7 @@ class Codes:
 class QuantisedAttention:
     """An attention whose keys or values are stored as codes: `attention` says what it computes of what they stand for.
 
-    Operands of a site are those of the attention with the stored codes as k and v, then the scale and [zero] of k where
-    `k` is set, then those of v. A row of two elements to a byte is half as long.
+    Operands of a site are those of the attention with the codes as k and v, then scale and [zero] of k, then those of v.
     """
 
     attention: Attention
