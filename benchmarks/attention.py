@@ -1,15 +1,19 @@
-"""Causal attention as models spell it, before any kernel: masked_fill, and transformers' eager path with repeat_kv.
+"""Attention as models spell it, before any kernel, with whatever they do to the scores.
 
 python -m benchmarks.attention                       the GPU table in bf16, or on a CPU the CPU table
-python -m benchmarks.attention --only S2048 --json figures.json
+python -m benchmarks.attention --only "S2048 D128 bfloat16 softcap" --json figures.json
+python -m benchmarks.attention --plot attention.svg  draws the lines of sequence lengths too (needs matplotlib)
 
-The column "sdpa causal" calls F.scaled_dot_product_attention(is_causal=True) by hand: the best a compiler can prove.
+Beside eager, Inductor and ours: "flex", FlexAttention told by hand what is done to the scores, and "sdpa causal",
+F.scaled_dot_product_attention(is_causal=True) by hand, on the full causal attention where ours sees less of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +53,82 @@ def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def scored(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled scores with repeated keys, and the positions of queries and keys."""
+    k = repeat_kv(k, q.shape[1] // k.shape[1])
+    scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
+    return scores, torch.arange(q.shape[-2], device=q.device)[:, None], torch.arange(k.shape[-2], device=q.device)[None]
+
+
+def weighted(scores: Tensor, seen: Tensor | None, v: Tensor) -> Tensor:
+    if seen is not None:
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    p = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return torch.matmul(p, repeat_kv(v, scores.shape[1] // v.shape[1]))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return weighted(scored(q, k)[0], None, v)
+
+
+def softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores, rows, keys = scored(q, k)
+    return weighted(torch.tanh(scores / CAP) * CAP, keys <= rows, v)
+
+
+def slopes(heads: int, device: torch.device) -> Tensor:
+    return torch.exp2(-8.0 / heads * torch.arange(1, heads + 1, device=device))
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores, rows, keys = scored(q, k)
+    bias = slopes(q.shape[1], q.device)[:, None, None] * (keys - rows)
+    return weighted(scores + bias.to(scores.dtype), keys <= rows, v)
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores, rows, keys = scored(q, k)
+    return weighted(scores, (keys <= rows) & (keys > rows - WINDOW), v)
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    scores, rows, keys = scored(q, k)
+    return weighted(scores, (ids[:, None, :, None] == ids[:, None, None, :]) & (keys <= rows), v)
+
+
+CAP, WINDOW, DOCUMENT = 50.0, 1024, 1024
+MOST_SCORES = 2e10  # bytes
+
+
+def flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention with the modification of the case; its lists of blocks are made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    name, per_head = case.spelling.__name__, slopes(case.heads, device)
+    ids = case.ids(device)[0] if case.spelling is documents else None
+    seen: dict[str, Callable[..., Any]] = {
+        "window": lambda b, h, q, k: (k <= q) & (k > q - WINDOW),
+        "documents": lambda b, h, q, k: (k <= q) & (ids[q] == ids[k]),
+    }
+    scores: dict[str, Callable[..., Any]] = {
+        "softcap": lambda s, b, h, q, k: CAP * torch.tanh(s / CAP),
+        "alibi": lambda s, b, h, q, k: s + per_head[h] * (k - q),
+    }
+    n = case.length
+    mask = seen.get(name, lambda b, h, q, k: k <= q)
+    blocks = None if case.spelling is plain else create_block_mask(mask, None, None, n, n, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    grouped = case.heads != case.kv_heads
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        return compiled(q, k, v, score_mod=scores.get(name), block_mask=blocks, enable_gqa=grouped)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Case:
-    spelling: Callable[[Tensor, Tensor, Tensor], Tensor]
+    spelling: Callable[..., Tensor]
     batch: int
     heads: int
     kv_heads: int
@@ -65,16 +142,32 @@ class Case:
         spelling = "" if self.spelling is additive else f" {self.spelling.__name__}"
         return f"B{self.batch} H{heads} S{self.length} D{self.width} {str(self.dtype).removeprefix('torch.')}{spelling}"
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def ids(self, device: torch.device) -> Tensor:
+        """Documents of DOCUMENT tokens each, one after the other; the same in every batch entry."""
+        return (torch.arange(self.length, device=device) // DOCUMENT).expand(self.batch, -1).contiguous()
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         shape = (self.batch, self.kv_heads, self.length, self.width)
         q = torch.randn(self.batch, self.heads, self.length, self.width, device=device, dtype=self.dtype)
         k, v = (torch.randn(shape, device=device, dtype=self.dtype) for _ in range(2))
-        return q, k, v
+        return (q, k, v, self.ids(device)) if self.spelling is documents else (q, k, v)
+
+    def keys(self) -> float:
+        """Mean number of keys that a query sees."""
+        if self.spelling is plain:
+            return self.length
+        reach = {window: WINDOW, documents: DOCUMENT}.get(self.spelling, self.length)
+        reach = min(reach, self.length)
+        return reach / 2 if self.spelling is documents else reach - reach**2 / (2 * self.length)
+
+    @property
+    def scores_bytes(self) -> int:
+        return 4 * self.batch * self.heads * self.length**2
 
     def floor(self) -> float:
-        """Every input read and the output written once; half of the scores are masked out and need no work."""
+        """Every input read and the output written once; what is masked out needs no work."""
         moved = 2 * self.batch * (self.heads + self.kv_heads) * self.length * self.width * self.dtype.itemsize
-        flops = 4 * self.batch * self.heads * self.length**2 * self.width / 2
+        flops = 4 * self.batch * self.heads * self.length * self.keys() * self.width
         return harness.floor_seconds(moved, flops, self.dtype)
 
 
@@ -85,13 +178,58 @@ GPU_CASES = (
     Case(masked_fill, 4, 32, 32, 2048, 128, BF16),
     Case(additive, 4, 32, 32, 2048, 128, BF16),
     Case(additive, 1, 32, 8, 8192, 128, BF16),
+    # small, medium and large models: hidden 1024, 2048 and 4096
+    *(Case(s, 16, 16, 16, 512, 64, BF16) for s in (plain, additive)),
+    *(Case(s, 8, 32, 32, 1024, 64, BF16) for s in (plain, additive)),
+    *(Case(s, 4, 32, 32, 2048, 128, BF16) for s in (plain, softcap, alibi, documents, window)),
+    # what is done to the scores, over the length
+    *(
+        Case(s, 1, 32, 8, length, 128, BF16)
+        for length in (512, 1024, 2048, 4096, 8192, 16384)
+        for s in (softcap, alibi, window, documents)
+    ),
 )
 CPU_CASES = tuple(Case(additive, 1, 8, 2, length, 64, dtype) for length in (512, 2048) for dtype in (FP32, BF16))
-TINY_CASES = (Case(masked_fill, 1, 2, 2, 64, 16, FP32), Case(additive, 1, 4, 2, 64, 16, FP32))
+TINY_CASES = (Case(masked_fill, 1, 2, 2, 64, 16, FP32), Case(additive, 1, 4, 2, 64, 16, FP32)) + tuple(
+    Case(s, 1, 4, 2, 64, 16, FP32) for s in (plain, softcap, alibi, window, documents)
+)
+
+
+def reference_of(case: Case, inputs: tuple[Tensor, ...], better: torch.dtype, columns: dict[str, Any]) -> Tensor:
+    """The result in better floats, one batch entry at a time; FlexAttention's where the scores do not fit."""
+    if case.scores_bytes > MOST_SCORES:
+        found: Tensor = columns["flex"](*inputs)
+        return found
+    entries = ([t[i : i + 1] for t in inputs] for i in range(case.batch))
+    wide = ([t.to(better) if t.is_floating_point() else t for t in entry] for entry in entries)
+    return torch.cat([case.spelling(*entry) for entry in wide])
+
+
+def plot(path: Path, cases: dict[str, Case], rows: list[Row]) -> None:
+    """Time over sequence length, one line per column, one picture per modification."""
+    from matplotlib import pyplot
+
+    lines = sorted({cases[row.name].spelling.__name__ for row in rows})
+    _, pictures = pyplot.subplots(1, len(lines), figsize=(4.5 * len(lines), 4), squeeze=False)
+    for name, picture in zip(lines, pictures[0], strict=True):
+        for column in dict.fromkeys(c for row in rows for c in row.seconds):
+            points = sorted(
+                (cases[r.name].length, r.seconds[column] * 1e6)
+                for r in rows
+                if cases[r.name].spelling.__name__ == name and column in r.seconds
+            )
+            if points:
+                picture.loglog(*zip(*points, strict=True), marker="o", base=2, label=column)
+        picture.set(title=name, xlabel="sequence length", ylabel="µs")
+        picture.legend()
+    pyplot.tight_layout()
+    pyplot.savefig(path)
 
 
 def main() -> None:
-    args = harness.arguments(__doc__, rounds=20).parse_args()
+    parser = harness.arguments(__doc__, rounds=20)
+    parser.add_argument("--plot", metavar="PATH", type=Path, help="draw the figures there")
+    args = parser.parse_args()
     device = torch.device(args.device)
     table = TINY_CASES if args.tiny else GPU_CASES if device.type == "cuda" else CPU_CASES
     cases = {case.name: case for case in table}
@@ -101,17 +239,24 @@ def main() -> None:
         for name in harness.chosen(list(cases), args.only):
             case = cases[name]
             inputs = harness.rotated(lambda case=case: case.inputs(device), device)
+            columns = harness.standard_columns(case.spelling, args.max_autotune)
+            if case.spelling is not plain:
+                columns["sdpa causal"] = lambda q, k, v, *_: sdpa_causal(q, k, v)
+            if device.type == "cuda":
+                columns["flex"] = flex(case, device)
+            if case.scores_bytes > MOST_SCORES:  # what writes scores out does not fit
+                columns = {name: fn for name, fn in columns.items() if name not in ("eager", "inductor")}
             better = torch.float64 if case.dtype is FP32 else FP32
-            # one batch entry at a time, to keep the scores small
-            entries = [[t[i : i + 1].to(better) for t in inputs[0]] for i in range(case.batch)]
-            reference = torch.cat([case.spelling(*entry) for entry in entries])
-            columns = harness.standard_columns(case.spelling, args.max_autotune) | {"sdpa causal": sdpa_causal}
+            reference = reference_of(case, inputs[0], better, columns)
             row = Row(name, floor=case.floor())
             rows.append(harness.measure(row, columns, inputs, reference, args.rounds))
-            del inputs, entries, reference
+            print(harness.row_table(rows[-1:]), flush=True)
+            harness.write_json(args.json, device, [asdict(row) for row in rows])
+            del inputs, reference
             harness.clean_slate(device)
-    harness.write_json(args.json, device, [asdict(row) for row in rows])
     print(harness.row_table(rows))
+    if args.plot:
+        plot(args.plot, cases, rows)
 
 
 if __name__ == "__main__":

@@ -238,6 +238,7 @@ class Modification:
     unknown: bool  # what is added is read, and may hide a key
     empty_rows: Literal["none", "nan", "zero"]
     reads: tuple[str, ...]
+    sink: Any = None  # one more score of each row, of batch and head alone, which no value is weighted with
 
 
 @dataclass(frozen=True)

@@ -419,7 +419,7 @@ def scale_by_head(q, k, v, scale):
     return torch.softmax(q @ k.mT * scale, -1) @ v
 
 
-@written(heads(H, floats(H)), "attention sinks")
+@written(heads(H, floats(H)), kind="tensor", tensor="none")
 def sinks(q, k, v, sink):
     s = torch.cat([scaled(q, k), sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)], -1)
     return (s - s.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v

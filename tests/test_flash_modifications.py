@@ -150,3 +150,28 @@ def test_a_fused_call_is_replaced_where_more_is_known_than_its_mask() -> None:
     gm = traced(known, *heads(2, 4, 4, LENGTH, LENGTH, 16), ids())
     op = only(gm).op
     assert isinstance(op, Attention) and op.vendor and says_more(op)
+
+
+def sinks(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, seen: Tensor | None = None) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT * 0.25
+    if seen is not None:
+        scores = scores + torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    joined = torch.cat([scores, sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)], -1)
+    joined = joined - joined.max(-1, keepdim=True).values
+    return torch.softmax(joined, -1, dtype=joined.dtype)[..., :-1] @ v
+
+
+@pytest.mark.parametrize("width", [None, 20])
+def test_sinks(width: int | None) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+        rows, keys = positions(q, k)
+        return sinks(q, k, v, sink, None if width is None else (keys <= rows) & (keys > rows - width))
+
+    op = check(fn, *heads(2, 4, 2, LENGTH, LENGTH, 16), torch.randn(4))
+    assert op.modification is not None and op.modification.mask.window == width
+
+
+def test_a_sink_takes_all_of_a_row_that_sees_nothing() -> None:
+    args = heads(2, 4, 4, LENGTH, LENGTH, 16)
+    check(lambda q, k, v, sink, seen: sinks(q, k, v, sink, seen), *args, torch.randn(4), unknown(2, 1))

@@ -52,6 +52,13 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
     unknown = any(loads_of(leaf, indexer) for a in added for _, leaf in leaves(a))
     offsets = [p.upper for p in (read(part, extents, indexer) for part in parts) if p.upper is not None]
     seen = whole == sympy.true or sees_a_key(whole, offsets, extents, indexer)
+    sink = None
+    if geometry.parts.sink is not None:
+        term = geometry.term(geometry.parts.sink)
+        sink = number(indexer.at(term.node, term.index))
+        if any({extents.query, extents.key} & part.free_symbols for part in _atoms(sink)):
+            return nothing
+        finite, seen, unknown = False, True, False  # a row that sees no key gives 0, however it is hidden
     mask, visible, nodes = Mask("none"), whole, dict[str, Node]()
     if seen or not finite:
         found = [(part, read(part, extents, indexer)) for part in parts]
@@ -60,16 +67,18 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
             mask, visible = proof.mask, sympy.And(*(part for part, limit in found if limit.failure))
             nodes |= {"position": proof.position} if proof.position is not None else {}
             nodes |= {"lengths": proof.lengths} if proof.lengths is not None else {}
-    expressions = [_rebased(e, rows) for e in (*added, visible)]
+    expressions = [_rebased(e, rows) for e in (*added, visible, *([sink] if sink is not None else []))]
     for expression in expressions:
         for part in _atoms(expression):
             for load in sorted(loads_of(part, indexer), key=str):
                 head = load if load in indexer.loads else load.func
                 nodes[str(head)] = indexer.loads[head]
     empty = "zero" if total else "none" if seen and not unknown else "nan"
+    last = len(added)
     made = Modification(
-        mask, tuple(expressions[:-1]), expressions[-1], finite and not seen, unknown, cast(Any, empty), tuple(nodes)
-    )
+        mask, tuple(expressions[:last]), expressions[last], finite and not seen, unknown, cast(Any, empty),
+        tuple(nodes), expressions[-1] if sink is not None else None,
+    )  # fmt: skip
     return made, tuple(nodes.values())
 
 

@@ -32,10 +32,12 @@ from .refusals import NotAttention, UnlikeRepeats, also_read, between_scores_and
 from .roles import Geometry, Parts
 from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
 from .sdpa_calls import Call, call
+from .sinks import without_sink
 from .softmax import Softmax, more_than_their_sum, softmax, uncast
 
 PATTERN = "attention"
 aten = torch.ops.aten
+SINK = "{} stands beside the scores and takes its part of every row (attention sinks)"
 WHOLE_LAYERS = (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default)
 
 
@@ -82,9 +84,8 @@ class _Finder:
                 f"{node.name} is a whole fused layer of torch already, attention inside; "
                 "torch.backends.mha.set_fastpath_enabled(False) shows its parts",
             )
-        found, division = softmax(node), None
-        if found is None:
-            found, division = divided_later(node) or (None, None)
+        found = softmax(node)
+        found, division = (found, None) if found is not None else divided_later(node) or (None, None)
         if found is None and more_than_their_sum(node) and _products(node)[0]:
             raise NotAttention(
                 node,
@@ -93,6 +94,8 @@ class _Finder:
             )
         if found is None or any(_zeroes_hidden_rows(u, node) for u in node.users):
             return None
+        if (beside := without_sink(found)) is not None:
+            found, node = beside[0], beside[0].node
         products, strangers = _products(node)
         strangers = [s for s in strangers if division is None or s is not division.total]
         altered = None if products else next((s for s in strangers if _leads_to_product(s)), None)
@@ -109,7 +112,8 @@ class _Finder:
             raise NotAttention(altered, changed(altered))
         if len(products) > 1 or strangers:
             raise NotAttention(node, also_read(node, strangers, products))
-        return self._of_softmax(found, above, products[0], division)
+        parts = self._of_softmax(found, above, products[0], division)
+        return parts if beside is None else replace(parts, sink=MaskSite(beside[1], above.view))
 
     def _of_softmax(self, found: Softmax, above: Scores, product: Node, division: LateDivision | None) -> Parts:
         first, second = above.contraction, cast(Contraction, contraction(product))
@@ -176,7 +180,7 @@ class _Finder:
     # ---- the match --------------------------------------------------------------------------
     def _match(self, parts: Parts) -> Match:
         trails = [axes.trail(o.node, scaled=s) for o, s in ((parts.q, True), (parts.k, True), (parts.v, False))]
-        if any(axes.same(n, sympy.Integer(0)) for n in parts.extents):
+        if any(n == 0 for n in parts.extents):
             raise NotAttention(parts.root, "a dimension of the scores is 0")
         geometry, trails = _geometry(parts, trails)
         readable = [axes.unrepeated(t) for t in trails]
@@ -192,14 +196,17 @@ class _Finder:
         (q, q_layout, q_scale), (k, k_layout, k_scale), (v, v_layout, _) = chosen
         output, out = self._output(parts, geometry)
         proof, mask_operand = self._mask(parts, geometry, dtype)
+        if parts.sink is not None:
+            mask_operand, proof = None, Proof(Mask("tensor", proof=SINK.format(parts.sink.node.name)))
         operands, layouts = [q, k, v], [q_layout, k_layout, v_layout]
         if mask_operand is not None:
             operands.append(mask_operand[0])
             layouts.append(mask_operand[1])
         operands += [n for n in (proof.position, proof.lengths) if n is not None]
-        modified, modified_by = None, tuple[Node, ...]()
-        if proof.mask.kind == "tensor":
-            modified, modified_by = modification(geometry, self._indexer, parts.total)
+        known = proof.mask.kind != "tensor"
+        modified, modified_by = (None, ()) if known else modification(geometry, self._indexer, parts.total)
+        if parts.sink is not None and modified is None:
+            raise NotAttention(parts.root, f"{proof.mask.proof}, beside a mask that no formula says")
         operands += modified_by
         if len(parts.factors) > 1:
             raise NotAttention(parts.root, "the scores are scaled by several tensors; multiply those first")

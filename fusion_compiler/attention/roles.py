@@ -68,6 +68,7 @@ class Parts:
     total: bool = False  # rows that see no key give 0
     chain: tuple[Node, ...] = ()  # nodes that hold scores or probabilities
     vendor: str = ""
+    sink: MaskSite | None = None  # one more score per row, which no value is weighted with
     quotient: Node | None = None  # the view of the product that is divided by the sums of the probabilities only then
 
     @property
@@ -253,14 +254,13 @@ class Geometry:
 
     def terms(self) -> tuple[Term, ...]:
         """The masks as they meet the scores."""
-        terms = []
-        for site in self.parts.masks:
-            dims = self.by_row(site.scores)
-            if dims is None:
-                raise NotAttention(site.node, f"the mask {site.node.name} meets the scores across their axes")
-            index = self.index(dims, site.node)
-            terms.append(Term(site.node, index, site.additive, site.keeps, site.fill, site.factor))
-        return tuple(terms)
+        return tuple(map(self.term, self.parts.masks))
+
+    def term(self, site: MaskSite) -> Term:
+        dims = self.by_row(site.scores)
+        if dims is None:
+            raise NotAttention(site.node, f"the mask {site.node.name} meets the scores across their axes")
+        return Term(site.node, self.index(dims, site.node), site.additive, site.keeps, site.fill, site.factor)
 
     def row_numbers(self) -> dict[sympy.Symbol, sympy.Expr]:
         """The symbols of batch and heads as digits of the numbers `batch` and `head`."""

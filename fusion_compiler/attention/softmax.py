@@ -170,12 +170,12 @@ def _stable(exponent: Node, dim: int, node: Node) -> Softmax | None:
         if found is None or original is None:
             return None
         return original if _same_scores(found, original) else None
-    x = _shifted(exponent, dim)
+    x = less_maximum(exponent, dim)
     if x is not None:
         return Softmax(node, x, dim)
     scaled = axes.scaling(exponent)
     if scaled is not None:
-        x = _shifted(uncast(scaled[0]), dim)
+        x = less_maximum(uncast(scaled[0]), dim)
         return Softmax(node, x, dim, scaled[1]) if x is not None and scaled[1] > 0 else None
     return _signed(exponent, dim, node)
 
@@ -207,7 +207,7 @@ def _signed(exponent: Node, dim: int, node: Node) -> Softmax | None:
     shifted, magnitude = (cast(Node, a) for a in exponent.args[:2])
     if not all(isinstance(a, Node) for a in (shifted, magnitude)):
         return None
-    signed = _shifted(uncast(shifted), dim)
+    signed = less_maximum(uncast(shifted), dim)
     if signed is None or signed.target is not aten.mul.Tensor or magnitude.target is not aten.mul.Tensor:
         return None
     x, sign = signed.args
@@ -241,7 +241,7 @@ def scale_tensor(node: Node) -> tuple[Node, Scale] | None:
     return None
 
 
-def _shifted(exponent: Node, dim: int) -> Node | None:
+def less_maximum(exponent: Node, dim: int) -> Node | None:
     """x where the exponent is x − max(x) along `dim`."""
     if exponent.target is not aten.sub.Tensor or not all(isinstance(a, Node) for a in exponent.args):
         return None
@@ -290,7 +290,7 @@ def _less_its_logarithm(node: Node) -> Softmax | None:
     summed = uncast(cast(Node, exponential.args[0]))
     if shift is None:  # log_softmax: x is shifted already
         return _of_exponent(uncast(x), dim, node) if summed is uncast(x) else None
-    unshifted = _shifted(summed, dim)
+    unshifted = less_maximum(summed, dim)
     same = unshifted is not None and uncast(unshifted) is uncast(x) and _reduced(cast(Node, summed.args[1])) is shift
     return Softmax(node, x, dim) if same else None
 

@@ -50,6 +50,11 @@ class Scores:
         made = self.op.modification
         return "" if made is None or made.visible == sympy.true else self.printer(inside).truth(made.visible)
 
+    def sink(self) -> str:
+        """The sink of the rows in base 2, or nothing."""
+        made = self.op.modification
+        return "" if made is None or made.sink is None else self.printer(True).number(made.sink, LOG2_E)
+
     def modified(self, conditions: tuple[str, ...] | None) -> tuple[list[str], float]:
         """Statements, and what `s` is still to be multiplied with. Only keys for which all conditions hold are seen;
         None: whatever hides keys lets all of these through."""

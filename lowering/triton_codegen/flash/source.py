@@ -134,7 +134,11 @@ class _Writer:
         for i, (first, size) in enumerate(self.pv):
             self.emit(f"vd{i} = {first} + tl.arange(0, {size})")
             self.emit(f"acc{i} = tl.zeros((BLOCK_M, {size}), tl.float32)")
-        self.emit(f"m = tl.full((BLOCK_M,), {LOWEST}, tl.float32)", "l = tl.zeros((BLOCK_M,), tl.float32)")
+        sink = self.scores.sink()
+        lowest, total = f"{LOWEST}", "0.0"
+        if sink:
+            lowest, total = f"tl.maximum({sink}, {LOWEST})", "1.0"
+        self.emit(f"m = tl.zeros((BLOCK_M,), tl.float32) + {lowest}", f"l = tl.full((BLOCK_M,), {total}, tl.float32)")
 
     def inside(self, index: str, length: Amount, even: bool, first: int, size: int, width: int, d: str) -> str:
         conditions = [] if even else [f"(({index}) < {size_text(length)})"]
