@@ -93,7 +93,7 @@ CASES = (
 
 def launcher(case: Case, plan: Plan) -> tuple[Any, Any, Callable[..., Any]]:
     """(kernel, grid, arguments of q, k, v, out)."""
-    kernel = load_kernel(write(case.op(), plan, contiguous(case.op())).text, NAME)
+    kernel = load_kernel(write(case.op(), plan, contiguous(case.op(), {})).text, NAME)
     grid = (case.heads, -(-case.length // plan.block_m), case.batch)
 
     def arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Any, ...]:

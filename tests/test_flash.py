@@ -227,3 +227,15 @@ def test_pieces_of_a_width() -> None:
     for width in range(8, 257, 8):
         ends = [first + size for first, size in pieces(width)]
         assert width <= ends[-1] < 2 * max(width, 9)
+
+
+@pytest.mark.parametrize("visible", [causal, window])
+def test_keys_through_descriptors(visible: Function) -> None:
+    """Also where the last block reaches beyond the keys, and for keys that lie inside of rows."""
+    described = Plan(32, 16, 4, 2, descriptors=True)
+    check(attention(visible), *heads(2, 4, 2, 40, 40, 16, dtype=torch.float16), plan=described)
+
+    def packed(qkv: Tensor) -> Tensor:
+        return attention(visible)(*(t.transpose(1, 2) for t in qkv.view(2, 40, 3, 4, 16).unbind(2)))
+
+    check(packed, torch.randn(2, 40, 192), plan=described)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ....attention.operands import arranged, named, rows_in_one_piece, scaled_queries
 from ....candidates import Amount
 from ....cost.amounts import amount
 from ....fused import Attention, Site
-from ....splice import SpliceError, load_kernel
+from ....splice import DESCRIPTOR_STEP, SpliceError, load_kernel
 from ..matmul import float32_precision
 from .blocks import listed
 from .expressions import Read
 from .plan import Plan
-from .source import NAME, Strides, write
+from .source import NAME, Strides, tiles, write
 
 if TYPE_CHECKING:
     from ....splice import Builder
@@ -28,6 +30,8 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
     q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
     q = scaled_queries(op, builder, site, q)
     q, k, v = (rows_in_one_piece(builder, node) for node in (q, k, v))
+    if plan.descriptors and not (_describable(k) and _describable(v)):
+        plan = replace(plan, descriptors=False)
     reads, lengths_stride, read = _reads(op, builder, site)
     out, out_strides = _result(op, builder, site)
     own = [_strides(node.meta["val"]) for node in (q, k, v)]
@@ -40,8 +44,9 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
     arguments |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     grid = [op.heads, builder.ceil_div(op.q_len, plan.block_m), op.batch]
     launched = builder.triton(
-        load_kernel(source.text, NAME), grid, arguments, ["out"], num_warps=plan.num_warps, num_stages=plan.num_stages
-    )
+        load_kernel(source.text, NAME), grid, arguments, ["out"], num_warps=plan.num_warps,
+        num_stages=plan.num_stages, blocks=tiles(op, plan),
+    )  # fmt: skip
     return builder.reshape(launched["out"], op.out.merged)
 
 
@@ -66,6 +71,14 @@ def _reads(op: Attention, builder: Builder, site: Site) -> tuple[dict[str, Node]
         read[name] = Read(f"read{i}", _strides(value), value.dtype)
         found[f"read{i}"] = node
     return found, lengths_stride, read
+
+
+def _describable(node: Node) -> bool:
+    """Whether a descriptor can hold a tensor as it lies: see `Builder.described`."""
+    value = node.meta["val"]
+    steps = [s * value.element_size() for s in (*value.stride()[:-1], value.storage_offset())]
+    repeated = any(s == 0 for s in value.stride()[:-1])
+    return not repeated and all(statically_known_true(s % DESCRIPTOR_STEP == 0) for s in steps)
 
 
 def _strides(value: torch.Tensor) -> tuple[Any, ...]:

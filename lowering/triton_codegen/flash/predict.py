@@ -30,6 +30,7 @@ from .plan import Plan, pieces
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST_QUERIES = 16  # below, most rows of a block would be padding
 WIDEST_HEAD = 256
+DESCRIBING = 90  # the compute capability from which keys come through descriptors
 LISTED_SCORES = 1024**2  # fewer are computed before lists of them are made
 
 
@@ -61,8 +62,8 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
     refusal = _refusal(op, machine)
     if refusal:
         return Unavailable(refusal)
-    fitting = [plan for plan in plans(op) if shared_memory(op, plan) <= machine.shared_memory]
-    if not fitting:
+    plan = chosen(op, machine)
+    if plan is None:
         return Unavailable(f"no block of queries and keys of {op.dtype} fits the shared memory of {machine.name}")
     traffic = attention_traffic(op)
     return [
@@ -77,8 +78,13 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
                 ("num_stages", plan.num_stages), ("blocks listed", plan.listed),
             ),
         )
-        for plan in fitting[:1]
     ]  # fmt: skip
+
+
+def chosen(op: Attention, machine: Machine) -> Plan | None:
+    """The first plan that fits the machine."""
+    describing = machine.kind == "cuda" and machine.capability >= DESCRIBING
+    return next((p for p in plans(op, describing) if shared_memory(op, p) <= machine.shared_memory), None)
 
 
 def _refusal(op: Attention, machine: Machine) -> str:
@@ -100,22 +106,18 @@ def _refusal(op: Attention, machine: Machine) -> str:
     return ""
 
 
-def plans(op: Attention) -> Iterator[Plan]:
+def plans(op: Attention, describing: bool) -> Iterator[Plan]:
     """Plans from the fastest on, as measured: two programs share an SM, so that the softmax of one hides behind the
     products of the other."""
     width = sum(size for _, size in (*pieces(op.head_dim), *pieces(op.v_dim)))
-    narrow = proved(op).window is not None or proved(op).chunk is not None
-    blocks = list[tuple[int, int, int, int]]()
     if op.dtype == torch.float32:
-        blocks = [(64, 32, 4, 2)] * (width <= 128) + [(32, 32, 4, 2)] * (width <= 256) + [(16, 32, 4, 2)]
+        blocks = [(32, 32, 4, 2)] * (width <= 128) + [(16, 32, 4, 2)]
     else:
-        if width <= 128:
-            blocks.append((64, 64, 4, 2))
-        elif width <= 256 and not narrow and op.softcap is None and op.modification is None:
-            blocks.append((128, 64, 4, 2))
-        blocks += [(64, 64, 4, 3)] * (width <= 256) + [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
+        blocks = [(64, 64, 4, 3)] * (width <= 256) + [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
+    whole = len(pieces(op.head_dim)) == len(pieces(op.v_dim)) == 1
+    described = describing and whole and op.dtype != torch.float32
     for block_m, block_n, warps, stages in blocks:
-        yield Plan(block_m, block_n, warps, stages, listed=_is_listed(op))
+        yield Plan(block_m, block_n, warps, stages, described, _is_listed(op))
 
 
 def _is_listed(op: Attention) -> bool:

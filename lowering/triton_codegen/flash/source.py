@@ -39,7 +39,7 @@ class Strides:
     reads: Mapping[str, Read] = field(default_factory=dict)  # what the modification reads, but position and lengths
 
 
-def contiguous(op: Attention) -> Strides:
+def contiguous(op: Attention, reads: Mapping[str, Read]) -> Strides:
     """The strides of contiguous operands in layout BHSD."""
 
     def of(heads: Amount, length: Amount, width: int) -> tuple[Amount, ...]:
@@ -47,7 +47,7 @@ def contiguous(op: Attention) -> Strides:
 
     heads, kv_heads, q_len, kv_len = (amount(n) for n in (op.heads, op.kv_heads, op.q_len, op.kv_len))
     q, out = of(heads, q_len, op.head_dim), of(heads, q_len, op.v_dim)
-    return Strides(q, of(kv_heads, kv_len, op.head_dim), of(kv_heads, kv_len, op.v_dim), out, lengths=1)
+    return Strides(q, of(kv_heads, kv_len, op.head_dim), of(kv_heads, kv_len, op.v_dim), out, 1, reads)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class FlashSource:
 def write(op: Attention, plan: Plan, strides: Strides, precision: str = "ieee") -> FlashSource:
     """The kernel that computes `op` by `plan`; `precision` is that of float32 products."""
     return _Writer(op, plan, strides, precision).write()
+
+
+def tiles(op: Attention, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The blocks in which keys and values are read through descriptors."""
+    widths = {"k": pieces(op.head_dim), "v": pieces(op.v_dim)}
+    return {name: (1, 1, plan.block_n, size) for name, ((_, size), *_) in widths.items()} if plan.descriptors else {}
 
 
 def read_arguments(op: Attention, reads: Mapping[str, Read]) -> list[str]:
@@ -189,7 +195,8 @@ class _Writer:
     def keys_tile(self, name: str, i: int, first: int, size: int, width: int, checked: bool) -> str:
         stride = getattr(self.strides, name)
         if self.plan.descriptors:
-            return f"{name}.load([batch.to(tl.int32), kv_head.to(tl.int32), start, {first}]).reshape([BLOCK_N, {size}])"
+            place = "batch.to(tl.int32), kv_head.to(tl.int32), start, 0"
+            return f"{name}.load([{place}]).reshape([BLOCK_N, {size}])"
         d = f"{'qd' if name == 'k' else 'vd'}{i}[None, :]"
         kv_len = amount(self.op.kv_len)
         mask = self.inside("start + columns[:, None]", kv_len, self.even_keys or not checked, first, size, width, d)

@@ -1,0 +1,99 @@
+"""The flash kernel through the compilers of every target: registers, spills and shared memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import sympy
+import torch
+
+from fusion_compiler.fused import Attention, Layout, Mask, Modification
+from fusion_compiler.lowering.triton_codegen.flash import predict
+from fusion_compiler.lowering.triton_codegen.flash.blocks import sources
+from fusion_compiler.lowering.triton_codegen.flash.expressions import Read
+from fusion_compiler.lowering.triton_codegen.flash.source import NAME, contiguous, tiles, write
+from fusion_compiler.machine import TABLE
+
+QUERY, KEY, BATCH = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("query", "key", "batch"))
+IDS = sympy.Function("load_ids", integer=True)
+DOCUMENTS = Modification(
+    Mask("causal", empty_rows="none"), (), sympy.Eq(IDS(BATCH, QUERY), IDS(BATCH, KEY)), False, False, "none",
+    ("load_ids",),
+)  # fmt: skip
+READS = {"load_ids": Read("read0", (2048, 1), torch.int64)}
+CAUSAL = Mask("causal", empty_rows="none")
+WINDOW = Mask("causal", window=1024, empty_rows="none")
+
+
+def op(
+    width: int, v_width: int = 0, mask: Mask = CAUSAL, dtype: torch.dtype = torch.bfloat16,
+    softcap: float | None = None, modification: Modification | None = None,
+) -> Attention:  # fmt: skip
+    same = Layout((), (), (), (), dtype)
+    return Attention(
+        2, 32, 8, 2048, 2048, width, v_width or width, width**-0.5, mask, dtype, (same,) * 3, same, softcap=softcap,
+        modification=modification,
+    )  # fmt: skip
+
+
+CASES = {
+    "narrow": op(64),
+    "causal": op(128),
+    "window": op(128, mask=WINDOW),
+    "capped": op(128, softcap=50.0),
+    "wide": op(256),
+    "unequal": op(192, 128),
+    "uneven": op(80),
+    "single": op(64, dtype=torch.float32),
+    "documents": op(128, mask=Mask("tensor"), modification=DOCUMENTS),
+}
+TARGETS = {("cuda", 90, 32): "h200", ("cuda", 80, 32): "a100", ("hip", "gfx942", 64): "mi300x"}
+EVERYWHERE = ("causal", "uneven")
+
+
+def test_every_target_compiles_it() -> None:
+    code = "import test_flash_compiled as t; t.compile_all()"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def compile_all() -> None:
+    """In a process of its own: interpreted kernels cannot be compiled."""
+    from triton.backends.compiler import GPUTarget
+
+    from fusion_compiler.lowering.triton_codegen.aot import compile_text, resources
+
+    for target, name in TARGETS.items():
+        for case in CASES if name == "h200" else EVERYWHERE:
+            attention = CASES[case]
+            found = predict.candidates(attention, TABLE[name])
+            assert isinstance(found, list), found
+            plan = predict.chosen(attention, TABLE[name])
+            reads = READS if attention.modification is not None else {}
+            strides = contiguous(attention, reads)
+            source = write(attention, plan, strides)
+            dtypes = {"read0": torch.int64, "blocks": torch.int32}
+            tensors = {n: dtypes.get(n, attention.dtype) for n in source.tensors}
+            constants = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
+            made = compile_text(
+                source.text, NAME, tensors, source.symbols, constants, GPUTarget(*target), tiles(attention, plan),
+                num_warps=plan.num_warps, num_stages=plan.num_stages,
+            )  # fmt: skip
+            used = resources(made)
+            print(name, case, plan.label, used, flush=True)
+            assert used.spills == 0 or name != "h200", (case, used)
+            assert used.shared <= TABLE[name].shared_memory, (case, used)
+            if plan.listed:
+                classify, make = sources(attention, plan, strides, ["read0"])
+                compile_text(
+                    classify, "classify", {"read0": torch.int64, "kinds": torch.int8}, [], constants, GPUTarget(*target)
+                )
+                lists = {"kinds": torch.int8, "blocks": torch.int32}
+                compile_text(make, "list_blocks", lists, [], {"BLOCKS": 32}, GPUTarget(*target))
