@@ -283,6 +283,7 @@ def _attention_seconds(node: Node, traffic: Traffic, machine: Machine) -> Amount
             flash_seconds(
                 machine, backend, q.dtype, masked=masked, q_len=amount(q.shape[-2]), kv_len=amount(k.shape[-2]),
                 flops=traffic.flops, moved=traffic.bytes_read + traffic.bytes_written,
+                whole=not masked and not arguments.get("is_causal"),
             )
             for backend in ([named] if named else [b for b in known if b not in ("masked", "flex")])
         )

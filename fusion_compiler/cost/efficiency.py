@@ -61,7 +61,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """rate = peak · compute / (1 + ramp / keys); below `short_rows` queries `short_compute` holds.
+    """rate = peak · compute / (1 + ramp / keys), without the ramp where nothing is masked; below `short_rows` queries
+    `short_compute` holds.
 
     `key_block`: a causal kernel skips whole blocks of this many keys only (0: it follows the diagonal).
     """

@@ -173,16 +173,18 @@ def attention_seconds(op: Attention, machine: Machine, backend: str, *, masked: 
     return flash_seconds(
         machine, backend, op.dtype, masked=as_tensor, q_len=lq, kv_len=lk,
         flops=2 * b * h * lq * keys * (op.head_dim + op.v_dim), moved=traffic.bytes_read + traffic.bytes_written,
+        whole=op.mask.kind == "none",
     )  # fmt: skip
 
 
 def flash_seconds(
     machine: Machine, backend: str, dtype: torch.dtype, *, masked: bool, q_len: Amount, kv_len: Amount, flops: Amount,
-    moved: Amount,
+    moved: Amount, whole: bool,
 ) -> Amount:  # fmt: skip
-    """A flash kernel that computes `flops` and moves `moved` bytes, launch included."""
+    """A flash kernel that computes `flops` and moves `moved` bytes, launch included; `whole`: nothing is masked."""
     kernel = _attention_kernel(machine, backend, masked)
-    compute = flops / (machine.rate(dtype) * kernel.compute.of(dtype)) * (1 + kernel.ramp / kv_len)
+    compute = flops / (machine.rate(dtype) * kernel.compute.of(dtype))
+    compute = compute if whole else compute * (1 + kernel.ramp / kv_len)
     if kernel.short_compute is not None:
         ratio = kernel.compute.of(dtype) / kernel.short_compute.of(dtype)
         compute = compute * where(greater(kernel.short_rows, q_len), ratio, 1.0)
