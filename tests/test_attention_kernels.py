@@ -161,3 +161,14 @@ def test_a_constraint_looks_at_the_attention() -> None:
     wide = torch.randn(1, 2, 8, 16), torch.randn(1, 1, 8, 16), torch.randn(1, 1, 8, 80)
     _, made = run(capped, *wide, patterns=[softcapped], disable=ONLY)
     assert [n.reason for n in made.near_misses] == ["too wide"]
+
+
+@pytest.mark.parametrize("pattern", [alibi, softcapped])
+def test_on_a_gpu_a_kernel_is_generated_for_a_declared_modification(pattern: fc.Pattern) -> None:
+    inputs = [torch.empty(1, 16, 2048, 64, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    more = [torch.empty(16, dtype=torch.bfloat16, device="meta")] if pattern is alibi else []
+    options = {"patterns": [pattern], "disable": ONLY}
+    [decision] = fc.explain(pattern.function, *inputs, *more, machine="h200", options=options).decisions
+    assert (decision.pattern, decision.verdict) == (pattern.name, "fused")
+    assert "triton flash" in decision.kernel and decision.after is not None
+    assert decision.after.seconds < decision.before.seconds / 3
