@@ -147,7 +147,12 @@ def visible_keys(op: Attention, key_block: int = 0) -> Amount:
     # queries i = 0 … lq−1 see i + offset + 1 keys; a kernel rounds up to its block
     mean = amount(op.mask.offset) + (lq + key_block) / 2
     if op.mask.window is not None:
-        mean = minimum(mean, op.mask.window + key_block)
+        full = op.mask.window + key_block
+        mean = minimum(mean, full)
+        offset = amount(op.mask.offset)
+        if isinstance(lq, int) and isinstance(offset, int):  # the first queries have fewer keys before them
+            first = min(lq, max(0, op.mask.window - offset))
+            mean = (first * (offset + (first + key_block) / 2) + (lq - first) * full) / lq
     if op.mask.chunk is not None:
         mean = minimum(mean, (op.mask.chunk + key_block) / 2)
     return minimum(lk, mean)
