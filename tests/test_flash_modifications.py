@@ -7,12 +7,16 @@ import math
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
 from test_flash import SMALL, check, generated, heads, only, traced
 from torch import Tensor
 
 from fusion_compiler.attention.modifications import says_more
-from fusion_compiler.fused import Attention
+from fusion_compiler.candidates import Unavailable
+from fusion_compiler.fused import Attention, Mask, Modification
+from fusion_compiler.lowering.triton_codegen import flash
+from fusion_compiler.machine import machine
 
 LISTED = dataclasses.replace(SMALL, listed=True)
 LENGTH = 52
@@ -175,3 +179,11 @@ def test_sinks(width: int | None) -> None:
 def test_a_sink_takes_all_of_a_row_that_sees_nothing() -> None:
     args = heads(2, 4, 4, LENGTH, LENGTH, 16)
     check(lambda q, k, v, sink, seen: sinks(q, k, v, sink, seen), *args, torch.randn(4), unknown(2, 1))
+
+
+def test_what_no_kernel_prints_is_told_beforehand() -> None:
+    made = Modification(Mask("none"), (sympy.gamma(sympy.Symbol("key")),), sympy.true, False, False, "none", ())
+    match = only(traced(biased, *heads(1, 4, 4, LENGTH, LENGTH, 16), bias(4)))
+    assert isinstance(match.op, Attention)
+    found = flash.candidates(dataclasses.replace(match.op, modification=made), machine("h200"))
+    assert isinstance(found, Unavailable) and "gamma" in found.reason

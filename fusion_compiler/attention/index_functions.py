@@ -110,6 +110,13 @@ def leaves(term: Term) -> Iterable[tuple[Boolean, sympy.Expr]]:
         yield sympy.true, term
 
 
+def parts_of(term: Term) -> list[sympy.Basic]:
+    """The formulas that a term is made of: conditions and numbers."""
+    if isinstance(term, Choice):
+        return [term.condition, *parts_of(term.yes), *parts_of(term.no)]
+    return [term]
+
+
 ARITHMETIC: dict[Any, Callable[..., Any]] = {
     aten.add: operator.add, aten.sub: operator.sub, aten.mul: operator.mul, aten.neg: operator.neg,
     aten.minimum: sympy.Min, aten.maximum: sympy.Max, aten.abs: sympy.Abs,

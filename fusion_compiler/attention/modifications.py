@@ -14,7 +14,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..fused import Attention, Mask, Modification
-from .index_functions import ZERO, Choice, Indexer, leaves, number, truth
+from .index_functions import ZERO, Choice, Indexer, leaves, number, parts_of, truth
 from .limits import Extents, conjuncts, loads_of, read
 from .masks import HIDDEN, Term, limited, sees_a_key
 from .roles import Geometry
@@ -56,7 +56,7 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
     if geometry.parts.sink is not None:
         term = geometry.term(geometry.parts.sink)
         sink = number(indexer.at(term.node, term.index))
-        if any({extents.query, extents.key} & part.free_symbols for part in _atoms(sink)):
+        if any({extents.query, extents.key} & part.free_symbols for part in parts_of(sink)):
             return nothing
         finite, seen, unknown = False, True, False  # a row that sees no key gives 0, however it is hidden
     mask, visible, nodes = Mask("none"), whole, dict[str, Node]()
@@ -69,7 +69,7 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
             nodes |= {"lengths": proof.lengths} if proof.lengths is not None else {}
     expressions = [_rebased(e, rows) for e in (*added, visible, *([sink] if sink is not None else []))]
     for expression in expressions:
-        for part in _atoms(expression):
+        for part in parts_of(expression):
             for load in sorted(loads_of(part, indexer), key=str):
                 head = load if load in indexer.loads else load.func
                 nodes[str(head)] = indexer.loads[head]
@@ -94,7 +94,7 @@ def says_more(op: Attention) -> bool:
 def _printable(term: Term, indexer: Indexer, extents: Extents) -> object:
     """The value of a term, or where that is a long formula or reads several tensors of queries × keys, one element."""
     value = indexer.at(term.node, term.index)
-    atoms = list(_atoms(value))
+    atoms = list(parts_of(value))
     operations = sum(int(sympy.count_ops(a)) for a in atoms)
     tiles = {load for a in atoms for load in loads_of(a, indexer) if _is_tile(load, extents)}
     return indexer.element(term.node, term.index) if operations > MOST_OPERATIONS or len(tiles) > 1 else value
@@ -141,10 +141,3 @@ def _rebased(term: object, rows: Mapping[sympy.Symbol, sympy.Expr]) -> object:
     if isinstance(term, Choice):
         return Choice(term.condition.xreplace(dict(rows)), _rebased(term.yes, rows), _rebased(term.no, rows))
     return cast(sympy.Basic, term).xreplace(dict(rows))
-
-
-def _atoms(term: object) -> list[sympy.Basic]:
-    """The formulas that a term is made of."""
-    if isinstance(term, Choice):
-        return [term.condition, *_atoms(term.yes), *_atoms(term.no)]
-    return [cast(sympy.Basic, term)]

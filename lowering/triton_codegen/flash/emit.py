@@ -33,7 +33,7 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
     if plan.descriptors and not (_describable(k) and _describable(v)):
         plan = replace(plan, descriptors=False)
     reads, lengths_stride, read = _reads(op, builder, site)
-    out, out_strides = _result(op, builder, site)
+    out, out_strides, in_place = _result(op, builder, site)
     own = [_strides(node.meta["val"]) for node in (q, k, v)]
     strides = Strides(own[0], own[1], own[2], out_strides, lengths_stride, read)
     source = write(op, plan, strides, float32_precision())
@@ -47,6 +47,8 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
         load_kernel(source.text, NAME), grid, arguments, ["out"], num_warps=plan.num_warps,
         num_stages=plan.num_stages, blocks=tiles(op, plan),
     )  # fmt: skip
+    if not in_place:
+        return arranged(builder, launched["out"], op.out)
     return builder.reshape(launched["out"], op.out.merged)
 
 
@@ -85,18 +87,20 @@ def _strides(value: torch.Tensor) -> tuple[Any, ...]:
     return tuple(map(amount, value.stride()))
 
 
-def _result(op: Attention, builder: Builder, site: Site) -> tuple[Node, tuple[Any, ...]]:
-    """(an empty tensor that reshapes to the site's output, its strides along batch, heads, queries and width)."""
-    layout = op.out
+def _result(op: Attention, builder: Builder, site: Site) -> tuple[Node, tuple[Any, ...], bool]:
+    """(an empty tensor for the result, its strides along batch, heads, queries and width, whether it lies in memory as
+    the site's output does, which it then reshapes to)."""
+    layout, device = op.out, site.output.meta["val"].device
     shape = [layout.split[d] for d in layout.order]
-    out = builder.empty(shape, layout.dtype, site.output.meta["val"].device)
     inverse = [layout.order.index(d) for d in range(len(shape))]
+    own = [op.batch, op.heads, op.q_len, op.v_dim]
+    out = builder.empty(shape, layout.dtype, device)
     try:
         with builder.fake_mode:
-            seen = out.meta["val"].permute(inverse).view((op.batch, op.heads, op.q_len, op.v_dim))
-    except RuntimeError as error:
-        raise SpliceError(f"the result of {site.output.name} has its heads in several places of memory") from error
-    return out, _strides(seen)
+            return out, _strides(out.meta["val"].permute(inverse).view(own)), True
+    except RuntimeError:  # heads that are apart there
+        out = builder.empty(own, layout.dtype, device)
+        return out, _strides(out.meta["val"]), False
 
 
 def _size(builder: Builder, name: str) -> torch.SymInt:

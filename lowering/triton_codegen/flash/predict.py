@@ -11,21 +11,24 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, cast
+from typing import Any
 
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
-from ....attention.index_functions import Choice
+from ....attention.index_functions import parts_of
 from ....candidates import Amount, Candidate, Traffic, Unavailable
 from ....cost.amounts import amount, ceil_div, maximum
 from ....cost.roofline import attention_traffic, visible_keys
 from ....fused import Attention
 from ....machine import TABLE, Machine
 from .emit import emit
+from .expressions import Read
 from .limits import proved
 from .plan import Plan, pieces
+from .sizes import Unprintable
+from .source import contiguous, write
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST_QUERIES = 16  # below, most rows of a block would be padding
@@ -65,6 +68,10 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
     plan = chosen(op, machine)
     if plan is None:
         return Unavailable(f"no block of queries and keys of {op.dtype} fits the shared memory of {machine.name}")
+    try:
+        write(op, plan, contiguous(op, _reads(op)))
+    except Unprintable as error:
+        return Unavailable(f"what happens to the scores cannot be written into a kernel: {error}")
     traffic = attention_traffic(op)
     return [
         Candidate(
@@ -155,9 +162,19 @@ def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Am
     return maximum(work, moved) + launches
 
 
+def _reads(op: Attention) -> dict[str, Read]:
+    """Tensors of the right ranks for what the modification reads."""
+    made = op.modification
+    if made is None:
+        return {}
+    terms = [*made.added, made.visible, *([made.sink] if made.sink is not None else [])]
+    loads = {str(f.func): len(f.args) for e in terms for part in parts_of(e) for f in part.atoms(AppliedUndef)}
+    names = [n for n in made.reads if n not in ("position", "lengths")]
+    return {n: Read(f"read{i}", (1,) * loads.get(n, 0), op.dtype) for i, n in enumerate(names)}
+
+
 def _operations(term: object) -> int:
     """Operations per score that a term takes."""
-    if isinstance(term, Choice):
-        return 1 + sum(map(_operations, (term.condition, term.yes, term.no)))
-    expression = cast(sympy.Basic, term)
-    return int(sympy.count_ops(expression)) + 2 * len(expression.atoms(AppliedUndef))
+    formulas = parts_of(term)
+    loads = sum(len(formula.atoms(AppliedUndef)) for formula in formulas)
+    return len(formulas) // 2 + sum(int(sympy.count_ops(formula)) for formula in formulas) + 2 * loads
