@@ -291,7 +291,7 @@ class Attention:
 class Codes:
     """How keys or values are stored: each is (code − shift − zero) · scale.
 
-    A code is an integer or float of 8 bits, or one of two integers in a byte: the low ones are the even elements of a row
+    A code is an integer or float of 8 bits, or one of two in a byte: the low ones are the even elements of a row
     where `packed` is "pairs", its first half where it is "halves". A row has one scale and one zero.
     """
 
@@ -305,7 +305,7 @@ class Codes:
 class QuantisedAttention:
     """An attention whose keys or values are stored as codes: `attention` says what it computes of what they stand for.
 
-    Operands of a site are those of the attention with the codes as k and v, then scale and [zero] of k, then those of v.
+    Operands of a site: those of the attention with the codes as k and v, then scale and [zero] of k, then those of v.
     """
 
     attention: Attention
