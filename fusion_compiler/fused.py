@@ -315,7 +315,7 @@ class QuantisedAttention:
 
 @dataclass(frozen=True)
 class RopeCache:
-    """What stands before an attention with a static cache: q and k turned, k and v written where new tokens belong.
+    """What stands before an attention with a static cache: q and k turned, k and v written where they belong.
 
     q [B, H, L, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], the caches [B, Hkv, S, D] and [B, Hkv, S, Dv]; "out" are the
     turned queries. What of "q", "k" and "out" `tokens_first` names stands as [B, L, heads, D]; cos and sin broadcast to
@@ -324,8 +324,7 @@ class RopeCache:
     where there is one. Token t goes to position `offset` + scalar + t, or to the t-th of the indices where `indexed`.
 
     Operands of a site, in this order: q, k, v, cos, sin, key cache, value cache, the scalar or indices [L], [norm
-    weight of q], [norm weight of k]. `results` names what the site's outputs are, in their order: "out", "keys",
-    "values".
+    weight of q], [norm weight of k]. `results` names the site's outputs in their order: "out", "keys", "values".
     """
 
     batch: int
