@@ -1,8 +1,7 @@
 """Finds attention: softmax(scores of q and k) · v, in whatever shapes, orders and repeats it is written.
 
-Two contractions with a softmax between them are attention when every axis has its part (see roles.py). k and v
-are then read without the repeats, whatever the order of the heads in the model. Attention operators that the graph
-already calls are read the same way, to find what they were not told: a causal mask, repeated heads.
+Two contractions with a softmax between them are attention when every axis has its part (see roles.py). k and v are then
+read without the repeats. Calls of attention operators are read alike, to find what they were not told: a causal mask.
 """
 
 from __future__ import annotations
