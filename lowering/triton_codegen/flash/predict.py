@@ -41,8 +41,9 @@ LISTED_SCORES = 1024**2  # fewer are computed before lists of them are made
 class Constants:
     """Seconds of one SM: `product` per score and element of its two head dimensions, `score` per score (softmax), `cap`
     per capped score, `operation` per operation of a modification, `start` per row and element of a program beside its
-    steps; `launch` of the kernel beside the machine's own overhead, `listing` of the kernels
-    that list blocks. Full float32 takes `ordinary` times as long."""
+    steps; `launch` of the kernel beside the machine's own overhead, `listing` of the kernels that list
+    blocks. Products in full float32 take `ordinary` times as long, and a program that is left alone on an SM `alone`
+    times its part of one that is shared."""
 
     product: float
     score: float
@@ -52,6 +53,7 @@ class Constants:
     launch: float
     listing: float
     ordinary: float
+    alone: float
 
 
 @functools.cache
@@ -151,12 +153,16 @@ def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Am
     step += known.cap if op.softcap is not None else 0.0
     if made is not None:
         step += known.operation * sum(_operations(a) for a in (*made.added, *([] if plan.listed else [made.visible])))
-    keys = visible_keys(limited, plan.block_n + plan.block_m)
-    program = plan.block_m * (keys * step + known.start * width)
+    block = plan.block_n + plan.block_m
     programs = amount(op.batch) * amount(op.heads) * ceil_div(amount(op.q_len), plan.block_m)
+    mean = plan.block_m * (visible_keys(limited, block) * step + known.start * width)
+    # the program of the last queries has the most keys, and an SM of its own only in part
+    mask = replace(limited.mask, offset=amount(limited.mask.offset) + amount(op.q_len) - 1)
+    most = visible_keys(replace(limited, q_len=1, mask=mask), block)
+    longest = plan.block_m * (most * step * known.alone + known.start * width)
     # constants are of the H200's SMs; others are taken to be as fast as their matrix units
     faster = TABLE["h200"].rate(op.dtype) / TABLE["h200"].num_sms * machine.num_sms / machine.rate(op.dtype)
-    work = maximum(programs / machine.num_sms, 1) * program * faster
+    work = maximum(programs / machine.num_sms * mean, longest) * faster
     moved = (traffic.bytes_read + traffic.bytes_written) / machine.memory_bandwidth
     launches = known.launch + machine.launch_overhead + (known.listing if plan.listed else 0.0)
     return maximum(work, moved) + launches
