@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_spellings import SPELLINGS, K, Split
+from quantised_spellings import SPELLINGS, K, OfGgml, Split
 
 import fusion_compiler as fc
 from fusion_compiler.backend import fusion_compiler
 from fusion_compiler.machine import TABLE
+from fusion_compiler.quantised import recognise, storage_of
 
 HALF = torch.float16
 # bytes are dear and there is one multiprocessor, so that tiny products are worth a kernel
@@ -62,3 +63,15 @@ def test_a_gated_pair_is_one_kernel():
     assert decision.pattern == "gated_mlp" and decision.kernel.startswith("triton packed")
     reference = F.silu(x.double() @ model.gate.weight().T) * (x.double() @ model.up.weight().T)
     assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+
+
+def test_weights_computed_alike_are_looked_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(recognise, "storage_of", lambda *a, **k: asked.append(a) or storage_of(*a, **k))
+    model, x = GatedMlp(), torch.randn(3, K, dtype=HALF)
+    _, report = compiled(model, x)
+    assert report.fused and len(asked) == 1
+    asked.clear()
+    model.up = OfGgml()
+    compiled(model, x)
+    assert len(asked) == 2

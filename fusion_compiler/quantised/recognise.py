@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch.fx import Node
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from ..algebra import Value
 from ..fused import FusedOp, MatmulFamily, Site
@@ -13,29 +17,38 @@ from ..match import Match, NearMiss
 from ..matmul_family import build
 from ..semantics import SemanticView
 from ..sites import outputs_of, site_of
-from ..torch_private.fake_tensors import really
+from ..torch_private.fake_tensors import contents, really
 from .packed import Storage, storage_of
 from .walk import Walk
 
 PATTERN = "quantised_linear"
+LONGEST = 256  # nodes of a formula
+SMALL = 64  # elements of a constant
+
+_readers: WeakKeyDictionary[SemanticView, Reader] = WeakKeyDictionary()
 
 
 class Reader:
-    """Remembers how the weights of a graph are stored."""
+    """Tells how the weights of a graph are stored; what is computed alike is looked at once."""
 
     def __init__(self, view: SemanticView) -> None:
         self.view = view
         self.walk = Walk(view.graph_module)
-        self.known: dict[tuple[Node, bool], Storage | str | None] = {}
+        self.known: dict[Any, tuple[Storage | str | None, list[Node]]] = {}
 
     def storage(self, weight: Node, op: MatmulFamily) -> Storage | str | None:
         if not isinstance(op.n, int) or not isinstance(op.k, int) or op.features:
             return None
-        at = (weight, op.weight_is_kn)
-        if at not in self.known:
-            with really():
-                self.known[at] = storage_of(self.walk, weight, op.n, op.k, kn=op.weight_is_kn)
-        return self.known[at]
+        nodes = _computed_from(weight)
+        with really():
+            key = (op.n, op.k, op.weight_is_kn, *_formula(self.view.graph_module, nodes))
+            if key not in self.known:
+                self.known[key] = storage_of(self.walk, weight, op.n, op.k, kn=op.weight_is_kn), nodes
+        found, seen = self.known[key]
+        if not isinstance(found, Storage):
+            return found
+        here = dict(zip(seen, nodes, strict=True))
+        return Storage(found.packed, tuple(here[source] for source in found.sources))
 
     def packed(self, op: MatmulFamily, site: Site) -> tuple[MatmulFamily, Site] | str | None:
         """The same op on its packed weights."""
@@ -54,9 +67,42 @@ class Reader:
         return made, site_of(self.view, site.output, operands)
 
 
+def _reader(view: SemanticView) -> Reader:
+    if view not in _readers:
+        _readers[view] = Reader(view)
+    return _readers[view]
+
+
+def _computed_from(weight: Node) -> list[Node]:
+    """The nodes that a weight is computed from, itself first, in an order that the formula alone decides."""
+    found = {weight: None}
+    for node in (pending := [weight]):
+        fresh = [n for n in node.all_input_nodes if n not in found] if len(found) < LONGEST else []
+        found.update(dict.fromkeys(fresh))
+        pending += dict.fromkeys(fresh)
+    return list(found)
+
+
+def _formula(gm: GraphModule, nodes: list[Node]) -> Iterator[Any]:
+    """The same for weights that are computed in the same way from tensors laid out alike."""
+    at = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
+        value = node.meta.get("val")
+        laid_out = (value.dtype, *value.shape, *value.stride()) if isinstance(value, torch.Tensor) else ()
+        held = contents(getattr(gm, str(node.target), None)) if node.op == "get_attr" else None
+        if held is not None and held.numel() <= SMALL:
+            yield str(held.dtype), *laid_out, *held.flatten().tolist()
+            continue
+        if node.op == "get_attr" or any(n not in at for n in node.all_input_nodes):
+            yield node  # a large constant, or the rest of a long formula: only like itself
+            continue
+        args = map_arg((node.args, node.kwargs), lambda n: f"%{at[n]}")
+        yield str(node.target) if node.op == "call_function" else node.op, str(args), *map(str, laid_out)
+
+
 def find_quantised(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     """Every linear with a packed weight, a bias or a scale per feature behind it included."""
-    reader = Reader(view)
+    reader = _reader(view)
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
     for linear in view.linears():
@@ -105,7 +151,7 @@ def with_packed_weights(view: SemanticView, matches: Iterable[Match], *, q8_acti
     found = {m.site.output for m in matches if m.pattern == PATTERN}
     if not found:
         return matches
-    reader = Reader(view)
+    reader = _reader(view)
     result = []
     for match in matches:
         forms = [(match.op, match.site), *match.alternatives]
