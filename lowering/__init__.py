@@ -9,6 +9,7 @@ def lowerings() -> tuple[Lowering, ...]:
     """Every lowering, in the order in which equally fast candidates are preferred."""
     from .registered import RegisteredKernels
     from .triton_codegen import TritonCodegen
+    from .vendor.int8_linear import Int8Linear
     from .vendor.sdpa import VendorSdpa
 
-    return (VendorSdpa(), RegisteredKernels(), TritonCodegen())
+    return (VendorSdpa(), Int8Linear(), RegisteredKernels(), TritonCodegen())

@@ -86,6 +86,28 @@ class Split(Spelling):
         return F.linear(x, (codes * self.d.to(x.dtype)[..., None]).reshape(self.n, self.k))
 
 
+class RoundedActivations(Split):
+    """With the activations rounded to Q8_1 in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (-1, 32))
+        d = blocks.abs().amax(-1, keepdim=True) / 127
+        codes = torch.round(blocks / d).to(torch.int8)
+        return super().forward((codes * d).flatten(-2))
+
+
+class BlockByBlock(Split):
+    """The same with a product of integers for each block, scaled afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (-1, 32))
+        d = blocks.abs().amax(-1, keepdim=True) / 127
+        codes = torch.round(blocks / d).to(torch.int8).to(x.dtype)
+        weights = torch.cat([self.qs & 15, self.qs >> 4], -1).to(x.dtype) - 8
+        products = torch.einsum("mbj,nbj->mnb", codes, weights)
+        return (products * d.squeeze(-1)[:, None] * self.d.to(x.dtype)).sum(-1)
+
+
 class IntegerWeights(Spelling):
     """Eight bits, one scale per output feature."""
 
@@ -127,6 +149,7 @@ SPELLINGS: dict[str, Callable[..., Spelling]] = {
     "ggml.split": OfGgmlSplit,
     "ggml.split, Q8_0": EightBitsOfGgml,
     "split": Split,
+    "rounded activations": RoundedActivations,
     "integer weights": IntegerWeights,
     "grouped": Grouped,
 }

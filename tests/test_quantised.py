@@ -7,22 +7,26 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_spellings import SPELLINGS, K, OfGgml, Split
+from quantised_spellings import SPELLINGS, BlockByBlock, K, OfGgml, Split
 
 import fusion_compiler as fc
 from fusion_compiler.backend import fusion_compiler
+from fusion_compiler.config import OptionError
+from fusion_compiler.lowering.triton_codegen.shared_memory import within
 from fusion_compiler.machine import TABLE
 from fusion_compiler.quantised import recognise, storage_of
 
 HALF = torch.float16
 # bytes are dear and there is one multiprocessor, so that tiny products are worth a kernel
 SLOW = dataclasses.replace(TABLE["h200"], memory_bandwidth=4e8, l2_bytes=1, num_sms=1)
+FEW = dataclasses.replace(SLOW, num_sms=16)  # few enough for tiles over a tiny product to leave most of them idle
+BLOCKS = ("raw bytes", "ggml.Linear", "ggml.split", "split", "rounded activations")
 
 
 def compiled(model: torch.nn.Module, x: torch.Tensor, **options: object) -> tuple[torch.Tensor, fc.Report]:
     """The result on a CPU of the kernels made for an H200, and the report."""
     torch._dynamo.reset()
-    settings = {"machine": SLOW, "remainder": "eager", "strict": True, "disable": "linear_epilogue", **options}
+    settings = {"machine": SLOW, "remainder": "eager", "strict": True, "disable": ["linear_epilogue"], **options}
     with torch.no_grad():
         out = torch.compile(model, backend=fusion_compiler, options=settings)(x)
     return out, fc.last_report()
@@ -37,12 +41,24 @@ def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
 def test_every_spelling_is_replaced_and_as_right_as_eager(name, rows):
     model = SPELLINGS[name]()
     x = torch.randn(rows, K, dtype=HALF)
-    out, report = compiled(model, x)
+    one_row = rows == 1 and name in BLOCKS
+    out, report = compiled(model, x, machine=FEW if one_row else SLOW)
     [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
     assert decision.verdict == "fused", decision.reason
+    assert ("gemv" in decision.kernel) == one_row
     reference = x.double() @ model.weight().T
+    if name == "rounded activations":
+        reference = model(x.double())
     if hasattr(model, "linear"):
         reference = reference + model.linear.bias.double()
+    assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+
+
+def test_a_row_that_is_no_power_of_two_of_blocks_is_read_to_its_end():
+    model, x = Split(k=320, n=8), torch.randn(1, 320, dtype=HALF)
+    out, report = compiled(model, x, machine=FEW)
+    assert "gemv" in report.fused[0].kernel
+    reference = x.double() @ model.weight().T
     assert relative(out, reference) <= 1.5 * relative(model(x), reference)
 
 
@@ -56,13 +72,81 @@ class GatedMlp(torch.nn.Module):
         return F.silu(self.gate(x)) * self.up(x)
 
 
-def test_a_gated_pair_is_one_kernel():
-    model, x = GatedMlp(), torch.randn(3, K, dtype=HALF)
-    out, report = compiled(model, x)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_gated_pair_is_one_kernel(rows):
+    model, x = GatedMlp(), torch.randn(rows, K, dtype=HALF)
+    out, report = compiled(model, x, machine=FEW if rows == 1 else SLOW)
     [decision] = report.fused
+    assert ("gemv" in decision.kernel) == (rows == 1)
     assert decision.pattern == "gated_mlp" and decision.kernel.startswith("triton packed")
     reference = F.silu(x.double() @ model.gate.weight().T) * (x.double() @ model.up.weight().T)
     assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+
+
+def test_products_of_single_blocks_are_told_about():
+    _, report = compiled(BlockByBlock(), torch.randn(3, K, dtype=HALF))
+    [missed] = [n for n in report.near_misses if n.pattern == "quantised_linear"]
+    assert "block by block" in missed.reason and "F.linear" in missed.reason
+
+
+def test_eight_bit_weights_on_a_cpu_go_to_atens_kernel():
+    model, x = SPELLINGS["integer weights"](k=512, n=512), torch.randn(4, 512, dtype=torch.bfloat16)
+    model.scales = model.scales.bfloat16()
+    out, report = compiled(model, x, machine="cpu")
+    [decision] = report.fused
+    assert "_weight_int8pack_mm" in decision.kernel
+    reference = x.double() @ model.weight().T
+    assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+
+
+def test_four_bit_weights_on_a_cpu_are_kept_and_it_is_said_what_to_do():
+    model = SPELLINGS["ggml.split"]()
+    x = torch.randn(4, K)
+    out, report = compiled(model, x, machine="cpu")
+    [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
+    assert decision.verdict == "kept" and "fc.ggml.dequantise" in decision.reason
+    assert fc.ggml.dequantise(model, torch.float32) == ["linear"]
+    assert torch.allclose(model(x), out, atol=1e-5)
+
+
+def test_ggmls_numerics_are_used_where_allowed():
+    model, x = SPELLINGS["split"](), torch.randn(1, K, dtype=HALF)
+    out, report = compiled(model, x, activations="q8_1", machine=FEW)
+    [decision] = report.fused
+    assert dict(decision.details)["numerics"] == "Q8_1 activations"
+    blocks = torch.cat([model.d.unsqueeze(-1).view(torch.uint8), model.qs], -1)
+    exact = fc.ggml.exact(x, blocks.flatten(1))
+    assert relative(out, exact) ** 2 <= 1e-6
+    with pytest.raises(OptionError, match="activations"):
+        compiled(model, x, activations="q4")
+
+
+def test_codes_take_up_to_64_rows_and_inductor_the_rest():
+    said = {}
+    for m in (1, 16, 64, 256):
+        report = fc.explain(Split(4096, 14336), torch.randn(m, 4096, dtype=HALF), machine="h200")
+        [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
+        said[m] = (decision.verdict, decision.kernel, decision.reason)
+    assert [said[m][0] for m in said] == ["fused", "fused", "fused", "kept"]
+    assert "gemv" in said[1][1] and "swap16" in said[16][1] and "swap64" in said[64][1]
+    assert "64 rows" in said[256][2]
+
+
+def test_a_tile_that_does_not_fit_is_named_with_its_bytes():
+    # float16 and Q8_1 copies of 32 activations, for a tile of rows by blocks; `reused`: one takes the other's place
+    def bytes_of(rows: int, blocks: int, *, reused: bool = False) -> int:
+        return rows * blocks * (64 if reused else 64 + 36)
+
+    tiles = [(4, 128, False), (4, 96, False), (3, 128, False), (4, 128, True)]
+    wanted = [(f"{n}×{k}", bytes_of(n, k, reused=r), (n, k, r)) for n, k, r in tiles]
+    fitting, rejected = within(49152, wanted)
+    assert rejected == ["4×128: 51,200 > 49,152 B of shared memory"]
+    assert fitting == tiles[1:] and [b for _, b, t in wanted if t in fitting] == [38400, 38400, 32768]
+    small = dataclasses.replace(TABLE["h200"], shared_memory=60_000)
+    report = fc.explain(Split(4096, 4096), torch.randn(64, 4096, dtype=HALF), machine=small)
+    [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
+    option = next(o for o in decision.candidates if o.name == "triton_packed")
+    assert "> 60,000 B" in dict(option.details)["rejected tiles"]
 
 
 def test_weights_computed_alike_are_looked_at_once(monkeypatch):

@@ -14,6 +14,6 @@ product as ggml defines it.
 from . import q4_0, q8_0, q8_1
 from .linear import Linear
 from .reference import exact
-from .split import SplitLinear, split
+from .split import SplitLinear, dequantise, split
 
-__all__ = ["Linear", "SplitLinear", "exact", "q4_0", "q8_0", "q8_1", "split"]
+__all__ = ["Linear", "SplitLinear", "dequantise", "exact", "q4_0", "q8_0", "q8_1", "split"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import blocks, q4_0, q8_0
-from .linear import Linear
+from .linear import FORMATS, Linear
 
 
 class SplitLinear(torch.nn.Module):
@@ -48,9 +51,29 @@ class SplitLinear(torch.nn.Module):
 def split(model: torch.nn.Module) -> list[str]:
     """Replaces every `Linear` inside `model` by a `SplitLinear`, one after the other, so that no second copy of the
     model is ever held; returns their names. The new weights are no longer mapped from a file."""
-    found = [name for name, module in model.named_modules() if isinstance(module, Linear) and name]
+    return _each(model, (Linear,), SplitLinear)
+
+
+def dequantise(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
+    """Replaces every linear with quantised weights inside `model` by a plain one in `dtype`: four times the bytes for
+    16 bits, and nothing left to do at each call. Returns their names."""
+
+    def plain(held: Linear | SplitLinear) -> torch.nn.Linear:
+        bias = held.bias is not None
+        made = torch.nn.Linear(held.in_features, held.out_features, bias, device="meta", dtype=dtype)
+        weight = FORMATS[held.form].dequantise(held.raw, dtype)
+        made.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if held.bias is not None:
+            made.bias = torch.nn.Parameter(held.bias.detach().to(dtype), requires_grad=False)
+        return made
+
+    return _each(model, (Linear, SplitLinear), plain)
+
+
+def _each(model: torch.nn.Module, kinds: tuple[type, ...], made_of: Callable[[Any], torch.nn.Module]) -> list[str]:
+    found = [name for name, module in model.named_modules() if isinstance(module, kinds) and name]
     for name in found:
         owner, _, last = name.rpartition(".")
         parent = model.get_submodule(owner)
-        setattr(parent, last, SplitLinear(getattr(parent, last)))
+        setattr(parent, last, made_of(getattr(parent, last)))
     return found

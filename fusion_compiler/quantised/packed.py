@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,16 @@ def storage_of(walk: Walk, weight: Node, n: int, k: int, *, kn: bool = False) ->
     if not codes:
         return None
     return _stored(found, rows, columns, k)
+
+
+def reads_codes(walk: Walk, node: Any) -> bool:
+    """Whether the elements of a node are computed from codes of 4 bits."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape):
+        return False
+    element = walk.at(node, torch.arange(min(value.numel(), BLOCK)))
+    atoms = [a for t in element.terms for a in t.atoms] if isinstance(element, Number) else [element]
+    return any(isinstance(a, Bits) and bool((a.width == 4).all()) for a in atoms)
 
 
 def _places(n: int, k: int) -> tuple[Tensor, Tensor]:

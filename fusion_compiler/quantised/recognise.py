@@ -18,10 +18,14 @@ from ..matmul_family import build
 from ..semantics import SemanticView
 from ..sites import outputs_of, site_of
 from ..torch_private.fake_tensors import contents, really
-from .packed import Storage, storage_of
+from .packed import Storage, reads_codes, storage_of
 from .walk import Walk
 
 PATTERN = "quantised_linear"
+BLOCK_BY_BLOCK = (
+    "it multiplies codes block by block, and the products of every block pass through memory; multiply the rounded "
+    "activations with their scales and write F.linear(scale · code, weight)"
+)
 LONGEST = 256  # nodes of a formula
 SMALL = 64  # elements of a constant
 
@@ -119,6 +123,11 @@ def find_quantised(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
             if made:
                 (family, (op, site)), *others = made
                 matches.append(Match(PATTERN, op, site, tuple(m for _, m in others), family.prologue))
+    for node in view.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
+        with really():
+            apart = view.value(node).op == "leaf" and any(reads_codes(reader.walk, a) for a in node.args)
+        if apart:
+            near_misses.append(NearMiss(PATTERN, node, BLOCK_BY_BLOCK, node))
     return matches, near_misses
 
 

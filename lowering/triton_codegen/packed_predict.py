@@ -26,6 +26,7 @@ from ...machine import Machine
 from .packed_gemv_source import blocks_of
 from .plans import Plan
 from .predict import power_of_two
+from .shared_memory import within
 
 SHORTEST = 64  # elements of K in a tile
 GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
@@ -48,14 +49,10 @@ class Tiles:
 
 def tiles(op: MatmulFamily, machine: Machine, rows: int) -> Tiles:
     """The tiles for up to `rows` rows of x on a machine."""
-    fitting, rejected = [], []
-    for plan in plans(op, rows):
-        needed = shared_memory(op, plan)
-        if needed > machine.shared_memory:
-            rejected.append(f"{plan.label}: {needed:,} > {machine.shared_memory:,} B of shared memory")
-        else:
-            fitting.append((seconds(op, plan, machine, rows), plan))
-    return Tiles(tuple(sorted(fitting, key=lambda pair: pair[0])), tuple(rejected))
+    wanted = ((plan.label, shared_memory(op, plan), plan) for plan in plans(op, rows))
+    fitting, rejected = within(machine.shared_memory, wanted)
+    timed = [(seconds(op, plan, machine, rows), plan) for plan in fitting]
+    return Tiles(tuple(sorted(timed, key=lambda pair: pair[0])), tuple(rejected))
 
 
 def plans(op: MatmulFamily, rows: int) -> list[Plan]:
@@ -75,8 +72,8 @@ def gemv_plan(op: MatmulFamily) -> Plan | None:
     """The tile of the kernel for one row: so many features that a thread asks for GEMV_BYTES of weights at once."""
     blocks = blocks_of(op)
     block_n = max(1, 4 // op.weights)
-    warps = blocks * block_n * op.weights * 16 // (32 * GEMV_BYTES)
-    if int(op.n) % block_n or not 1 <= warps <= GEMV_WARPS:
+    warps = max(1, blocks * block_n * op.weights * 16 // (32 * GEMV_BYTES))
+    if int(op.n) % block_n or warps > GEMV_WARPS:
         return None
     return Plan("gemv", 1, block_n, blocks * 32, warps)
 
