@@ -24,6 +24,8 @@ from .semantics import SemanticView
 from .shapes import Product, count, extent, shape_of
 from .sites import region, site_of
 
+DEQUANTISING = 8  # operations between a weight as it is stored and as it is multiplied
+
 
 @dataclass(frozen=True)
 class Family:
@@ -66,6 +68,12 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
         operand = _weight_operand(view, product)
         if isinstance(operand, str):
             return operand
+        stored = _stored_narrower(operand[0])
+        if stored is not None:
+            return (
+                f"its weight is computed from {stored} in the graph: the kernels here read 16 and 32 bits, and "
+                f"Inductor can read it as it is stored; keep the weight in {dtype} if it fits"
+            )
         weights.append(operand[0])
         layouts.add(operand[1])
     if len(layouts) > 1:
@@ -158,6 +166,21 @@ def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] |
         if fits and value.dtype == w.meta["val"].dtype and extent(value.stride()[-1]) == 1:
             return node, kn
     return "a weight's storage could not be found as a matrix; make it contiguous"
+
+
+def _stored_narrower(weight: Node) -> torch.dtype | None:
+    """The 8-bit floating type that a weight is computed from, element by element; None where there is none nearby."""
+    node, size = weight, count(shape_of(weight))
+    for _ in range(DEQUANTISING):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype.itemsize == 1:
+            return value.dtype
+        tensors = (n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
+        wide = [n for n in tensors if count(shape_of(n)) == size]
+        if node.op != "call_function" or not wide:
+            return None
+        node = wide[0]
+    return None
 
 
 def _in_rows(view: SemanticView, x: Value, dtype: torch.dtype, k: object) -> Node | None:

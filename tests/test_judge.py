@@ -72,6 +72,19 @@ def test_gated_mlp_on_an_h200(m: int, verdict: str) -> None:
         assert "triton_tile is predicted at" in decision.reason and "Inductor at" in decision.reason
 
 
+def test_weights_stored_in_eight_bits_stay_with_inductor() -> None:
+    def dequantised(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return gated_mlp(x, gate.to(x.dtype) * scale[:, None], up.to(x.dtype))
+
+    codes = torch.randn(8192, 2048).to(torch.float8_e4m3fn)
+    with torch.no_grad():
+        report = fc.explain(
+            dequantised, torch.randn(16, 2048).to(BF16), codes, codes, torch.rand(8192).to(BF16), machine=H200
+        )
+    assert not report.fused
+    assert any("torch.float8_e4m3fn" in miss.reason and "as it is stored" in miss.reason for miss in report.near_misses)
+
+
 # ---- the rules ----------------------------------------------------------------------------------
 class Fixed:
     """A lowering that offers what it was told, whatever the op."""

@@ -134,9 +134,10 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     latency = kind.step + kind.latency / max(1, plan.num_stages - 1)
     latency += kind.byte_per_thread * step_bytes(op, plan) / threads + kind.multiply_add * products / threads
     chain = math.ceil(share) * steps * latency
-    # no matrix unit multiplies in full float32; a third of the ordinary units' rate is a guess, not yet measured
+    # no matrix unit multiplies in full float32; an eighth of the ordinary units' rate is a guess that leaves the
+    # library its place until somebody measures
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
-    per_product = 3 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
+    per_product = 8 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
     work = per_sm * steps * (kind.x_element * plan.rows * plan.block_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
     if norm_mode(op, plan) == "first":
