@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ...splice import Builder
 
 Matmuls = MatmulFamily | MatmulGroup
-ROW_LIMITS = (4, 16, 64)  # where M is symbolic: one kernel serves 1..limit rows
-TILED_ROWS = (128, 512, 4096)  # and the tiles that are best for so many serve any number
+# where M is symbolic, the plans that are best for so many rows are offered: for any number if tiled, else up to so many
+ROW_LIMITS = (4, 16, 32, 64, 128, 512, 4096)
 PLAUSIBLE = 4  # plans worth a measurement
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,11 +43,11 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
     m = amount(op.m)
     planned: list[tuple[Plan, Any]]
     if isinstance(m, int):
-        likely = [*best_plans(op, machine, m), *plausible_plans(op, machine, m)[:PLAUSIBLE]]
-        planned = [(plan, m) for plan in dict.fromkeys(likely)]
+        several = [*best_plans(op, machine, m), *plausible_plans(op, machine, m)[:PLAUSIBLE]]
+        planned = [(plan, m) for plan in dict.fromkeys(several)]
     else:
-        planned = [(plan, limit) for limit in ROW_LIMITS for plan in best_plans(op, machine, limit)]
-        planned += dict.fromkeys((plan, m) for rows in TILED_ROWS for plan in best_plans(op, machine, rows))
+        likely = ((plan, limit) for limit in ROW_LIMITS for plan in best_plans(op, machine, limit))
+        planned = list(dict.fromkeys((plan, m if plan.kind == "tile" else limit) for plan, limit in likely))
     found = [_candidate(op, machine, plan, rows) for plan, rows in planned]
     if not found:
         return Unavailable(_no_plan(op, machine))
