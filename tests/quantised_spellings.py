@@ -29,6 +29,10 @@ class Spelling(torch.nn.Module):
     def weight(self) -> Tensor:
         return q4_0.dequantise(self.raw, torch.float64)
 
+    def shift(self) -> Tensor | float:
+        """What is added to the product."""
+        return 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -50,6 +54,9 @@ class OfGgml(Spelling):
     def make(self, g: torch.Generator) -> None:
         super().make(g)
         self.linear = ggml.Linear(self.raw, torch.randn(self.n, generator=g))
+
+    def shift(self) -> Tensor | float:
+        return self.linear.bias.double()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from model_runs import call, compiled, error
 from model_zoo import DECODERS, MODELS, build
+from quantised_spellings import SPELLINGS
 from torch import Tensor
 
 import fusion_compiler as fc
@@ -332,3 +333,16 @@ def test_copies_of_a_module_on_the_cpu_and_the_gpu() -> None:
         run = torch.compile(m, backend=fusion_compiler, options={"strict": True})
         with torch.no_grad():
             torch.testing.assert_close(run(inputs), m(inputs), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_packed_weights(name: str, dtype: torch.dtype) -> None:
+    model = SPELLINGS[name](1024, 512).cuda()
+    for rows in (1, 5, 12, 64):
+        torch._dynamo.reset()
+        x = torch.randn(rows, 1024, device="cuda", dtype=dtype)
+        with torch.no_grad():
+            got = through(model)(x)
+            agree(got, model(x), x.double() @ model.weight().T + model.shift(), f"{rows} rows")
+        assert fc.last_report().fused

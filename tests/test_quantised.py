@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +16,18 @@ from quantised_spellings import SPELLINGS, BlockByBlock, K, OfGgml, Split
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fusion_compiler as fc
+from fusion_compiler.algebra import Algebra
 from fusion_compiler.backend import fusion_compiler
+from fusion_compiler.fused import MatmulFamily, Packed, PerGroup
+from fusion_compiler.lowering.triton_codegen import packed_predict
+from fusion_compiler.lowering.triton_codegen.aot import _TRITON_TYPE, resources
+from fusion_compiler.lowering.triton_codegen.packed_gemv_source import PackedGemv
+from fusion_compiler.lowering.triton_codegen.packed_source import PackedSwap
 from fusion_compiler.lowering.triton_codegen.shared_memory import within
+from fusion_compiler.lowering.triton_codegen.source import facts
 from fusion_compiler.machine import TABLE
 from fusion_compiler.quantised import recognise, storage_of
+from fusion_compiler.splice import load_kernel
 
 HALF = torch.float16
 # bytes are dear and there is one multiprocessor, so that tiny products are worth a kernel
@@ -46,11 +59,9 @@ def test_every_spelling_is_replaced_and_as_right_as_eager(name, rows):
     [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
     assert decision.verdict == "fused", decision.reason
     assert ("gemv" in decision.kernel) == one_row
-    reference = x.double() @ model.weight().T
+    reference = x.double() @ model.weight().T + model.shift()
     if name == "rounded activations":
         reference = model(x.double())
-    if hasattr(model, "linear"):
-        reference = reference + model.linear.bias.double()
     assert relative(out, reference) <= 1.5 * relative(model(x), reference)
 
 
@@ -81,6 +92,11 @@ def test_a_gated_pair_is_one_kernel(rows):
     assert decision.pattern == "gated_mlp" and decision.kernel.startswith("triton packed")
     reference = F.silu(x.double() @ model.gate.weight().T) * (x.double() @ model.up.weight().T)
     assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+
+
+def test_blocks_of_18_bytes_are_told_how_to_be_read_faster():
+    _, report = compiled(SPELLINGS["ggml.Linear"](), torch.randn(1, K, dtype=HALF), machine=FEW)
+    assert "fc.ggml.split(model)" in dict(report.fused[0].details)["layout"]
 
 
 def test_products_of_single_blocks_are_told_about():
@@ -122,9 +138,9 @@ def test_ggmls_numerics_are_used_where_allowed():
 
 
 def test_codes_take_up_to_64_rows_and_inductor_the_rest():
-    said = {}
+    said, model = {}, Split(4096, 4096)
     for m in (1, 16, 64, 256):
-        report = fc.explain(Split(4096, 14336), torch.randn(m, 4096, dtype=HALF), machine="h200")
+        report = fc.explain(model, torch.randn(m, 4096, dtype=HALF), machine="h200")
         [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
         said[m] = (decision.verdict, decision.kernel, decision.reason)
     assert [said[m][0] for m in said] == ["fused", "fused", "fused", "kept"]
@@ -159,3 +175,53 @@ def test_weights_computed_alike_are_looked_at_once(monkeypatch):
     model.up = OfGgml()
     compiled(model, x)
     assert len(asked) == 2
+
+
+# ---- compiled, without a device -------------------------------------------------------------------------
+def compile_all() -> list[tuple[str, int]]:
+    """Kernels as they are launched on an H200 and an A100: their names and spilled bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    split = Packed("halves", 0, 512, 16, PerGroup(HALF, 32, 0, 32, 1), 8.0)
+    raw = Packed("halves", 2, 576, 18, PerGroup(HALF, 32, 0, 288, 9), 8.0)
+    words = Packed("sequence", 0, 512, 0, PerGroup(HALF, 128, 0, 8, 1), PerGroup(HALF, 128, 0, 8, 1))
+    found = []
+    for packed, m, dtype, arch in (
+        (split, 64, HALF, 90),
+        (split, 4, torch.bfloat16, 80),
+        (raw, 1, HALF, 90),
+        (words, 16, torch.bfloat16, 90),
+    ):
+        op = MatmulFamily(m, 1024, 4096, 1, None, Algebra().make("acc", index=0), (), dtype, dtype, packed=(packed,))
+        _, plan = packed_predict.tiles(op, TABLE["h200"], m).fitting[0]
+        source, constants = PackedSwap(op, plan, facts(op, plan), native=True).write(), {}
+        if m == 1:
+            plan = packed_predict.gemv_plan(op)
+            source = PackedGemv(op, plan, 132, native=True).write()
+        else:
+            constants = {"x_stride": 1024, "N": 4096, "K": 1024, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
+        kernel = load_kernel(source.text, source.name)
+        numbers = {"x": dtype, "out": dtype, "w0": torch.uint8}
+        types = {n: f"*{_TRITON_TYPE[numbers.get(n, HALF)]}" for n in source.tensors}
+        signature = types | dict.fromkeys(constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(source.tensors))}
+        options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+        target = GPUTarget("cuda", arch, 32)
+        made = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+        found.append((f"{plan.label} {dtype} sm_{arch}", resources(made).spills))
+    return found
+
+
+def test_kernels_compile_without_spilling():
+    here = Path(__file__)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(here.parent.parent), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    script = "import json, test_quantised as t; print(json.dumps(t.compile_all()))"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 4 and not [kernel for kernel in found if kernel[1]]

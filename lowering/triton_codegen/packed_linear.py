@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 64  # beyond, a dequantised weight and the vendor's GEMM are faster
 ROW_LIMITS = (8, 16, 32, 64)  # where M is symbolic: one kernel serves up to so many rows
+UNALIGNED = (
+    "blocks of 18 bytes are aligned to nothing and are read two bytes at a time; fc.ggml.split(model) stores codes and "
+    "scales apart, in as many bytes, and takes about half the time"
+)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -109,6 +113,7 @@ def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, 
         ("numerics", "16-bit activations"), ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k),
         ("num_warps", plan.num_warps), ("num_stages", plan.num_stages),
         ("blocks", math.ceil(int(op.n) / plan.block_n)), ("rejected tiles", "; ".join(tiles.rejected) or "none"),
+        *_layout(op),
     )  # fmt: skip
     return Candidate(
         name="triton_packed",
@@ -131,9 +136,14 @@ def _gemv_candidate(op: MatmulFamily, machine: Machine, plan: Plan) -> Candidate
         emit=functools.partial(emit_gemv, op, plan, programs, machine.kind == "cuda" and not interpreted()),
         details=(
             ("numerics", "Q8_1 activations" if op.q8_activations else "activations as 15-bit fractions of their block"),
-            ("block_n", plan.block_n), ("num_warps", plan.num_warps), ("blocks", programs),
+            ("block_n", plan.block_n), ("num_warps", plan.num_warps), ("blocks", programs), *_layout(op),
         ),
     )  # fmt: skip
+
+
+def _layout(op: MatmulFamily) -> tuple[tuple[str, str], ...]:
+    """What the user can do about how the weights lie."""
+    return (("layout", UNALIGNED),) if any(p.order == "halves" and p.block != 16 for p in op.packed) else ()
 
 
 def interpreted() -> bool:
