@@ -4,7 +4,8 @@ python -m benchmarks.decode --json figures.json            what the cost model t
 python -m benchmarks.decode --json figures.json --sweep    plans around it
 
 Times are medians of CUDA-graph replays, the caches rotated beyond L2. "cudnn" is torch's cuDNN attention reading the
-un-repeated cache with a mask tensor. Errors are against float64, over those of the plain formula.
+un-repeated cache with a mask tensor. Errors are against float64, over those of the plain formula. Keys and values are
+stored in bfloat16 or as codes: int8 and int4 with a scale (and for int4 a zero) per token and head, fp8 with one scale.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_compiler.fused import Attention, Layout, Mask
+from fusion_compiler.fused import Attention, Codes, Layout, Mask
 from fusion_compiler.lowering.triton_codegen.decode import predict
 from fusion_compiler.lowering.triton_codegen.decode.operands import (
     KernelSource,
@@ -56,6 +57,7 @@ class Case:
     filled: int
     queries: int = 1
     dtype: torch.dtype = torch.bfloat16
+    stored: str = ""
 
     def op(self) -> Attention:
         mask = Mask("causal" if self.queries > 1 else "length", position=True, tensor="additive", empty_rows="none")
@@ -74,30 +76,46 @@ class Case:
 
     def operands(self) -> Operands:
         q, k = (Operand(self.dtype, _strides(shape)) for shape in self.shapes())
+        if self.stored:
+            codes = CODES[self.stored]
+            rows = self.shapes()[1][:3]
+            every_row = Operand(self.dtype, (0,) * 4 if self.stored == "fp8" else _strides((*rows, 1)))
+            shape = (*rows, self.width // (2 if codes.packed else 1))
+            k = Operand(codes.dtype, _strides(shape), codes, every_row, every_row if codes.has_zero else None)
         return Operands(q, k, k, q, position=POSITION)
 
     def floor(self) -> float:
         """Microseconds to read what is visible once at the copy bandwidth."""
-        moved = 2 * self.batch * self.kv_heads * self.filled * self.width * self.dtype.itemsize
+        bits = 8 * self.dtype.itemsize if not self.stored else 4 if self.stored == "int4" else 8
+        moved = 2 * self.batch * self.kv_heads * self.filled * self.width * bits / 8
         return moved / MACHINE.memory_bandwidth * 1e6
 
 
+CODES = {
+    "int8": Codes(torch.int8), "int4": Codes(torch.uint8, "pairs", has_zero=True), "fp8": Codes(torch.float8_e4m3fn),
+}  # fmt: skip
+GROUPED = (32, 8, 128)  # query heads, key heads, width
 CASES = (
-    Case("B1 D128 cache 8192", 1, 32, 8, 128, 8192, 8192),
-    Case("B16 D128 cache 4096", 16, 32, 8, 128, 4096, 4096),
-    Case("B1 D128 cache 131072", 1, 32, 8, 128, 131072, 131072),
-    Case("B1 D64 cache 8192", 1, 32, 8, 64, 8192, 8192),
-    Case("B1 D64 cache 8192 holding 512", 1, 32, 8, 64, 8192, 512),
-    Case("B1 D64 cache 512", 1, 32, 8, 64, 512, 512),
+    Case("B1 D128 cache 8192", 1, *GROUPED, 8192, 8192),
+    Case("B16 D128 cache 4096", 16, *GROUPED, 4096, 4096),
+    Case("B1 D128 cache 131072", 1, *GROUPED, 131072, 131072),
+    Case("B1 D128 cache 32768", 1, *GROUPED, 32768, 32768),
+    *(Case(f"B1 D128 cache 32768 {s}", 1, *GROUPED, 32768, 32768, stored=s) for s in CODES),
+    *(Case(f"B16 D128 cache 4096 {s}", 16, *GROUPED, 4096, 4096, stored=s) for s in CODES),
+    Case("B1 D128 cache 8192 holding 512", 1, *GROUPED, 8192, 512),
+    Case("B1 D128 cache 512", 1, *GROUPED, 512, 512),
+    Case("B1 D128 cache 128", 1, *GROUPED, 128, 128),
+    Case("B64 D128 cache 1024", 64, *GROUPED, 1024, 1024),
+    Case("B1 4 queries D128 cache 8192", 1, *GROUPED, 8192, 8192, queries=4),
     Case("B1 D64 cache 1024", 1, 32, 8, 64, 1024, 1024),
-    Case("B4 D128 cache 2048", 4, 32, 8, 128, 2048, 2048),
+    Case("B1 D64 cache 8192", 1, 32, 8, 64, 8192, 8192),
+    Case("B4 D128 cache 2048", 4, *GROUPED, 2048, 2048),
     Case("B1 32 heads D128 cache 4096", 1, 32, 32, 128, 4096, 4096),
-    Case("B1 4 queries D128 cache 8192", 1, 32, 8, 128, 8192, 8192, queries=4),
-    Case("B1 16 queries D128 cache 8192", 1, 32, 8, 128, 8192, 8192, queries=16),
     Case("B1 71/1 heads D64 cache 4096", 1, 71, 1, 64, 4096, 4096),
-    Case("B1 D80 cache 4096 fp16", 1, 32, 32, 80, 4096, 4096, dtype=torch.float16),
     Case("B1 D256 cache 8192", 1, 16, 8, 256, 8192, 8192),
-    Case("B1 D128 cache 4096 fp32", 1, 32, 8, 128, 4096, 4096, dtype=torch.float32),
+    Case("B1 D80 cache 4096 fp16", 1, 32, 32, 80, 4096, 4096, dtype=torch.float16),
+    Case("B1 16 queries D128 cache 8192", 1, *GROUPED, 8192, 8192, queries=16),
+    Case("B1 D128 cache 4096 fp32", 1, *GROUPED, 4096, 4096, dtype=torch.float32),
 )
 
 
@@ -146,10 +164,8 @@ class Inputs:
         copies = min(64, max(2, math.ceil(harness.ROTATED_BYTES / visible)))
         generator = torch.Generator("cuda").manual_seed(0)
         self.q = torch.randn(q_shape, device="cuda", generator=generator).to(case.dtype)
-        self.caches = [
-            tuple(torch.randn(kv_shape, device="cuda", generator=generator, dtype=case.dtype) for _ in range(2))
-            for _ in range(copies)
-        ]
+        self.generator = generator
+        self.caches = [tuple(self.drawn(kv_shape)) for _ in range(copies)]
         self.position = torch.tensor(case.filled - case.queries, device="cuda", dtype=POSITION)
         keys = torch.arange(case.length, device="cuda")
         newest = self.position + torch.arange(case.queries, device="cuda")
@@ -157,19 +173,51 @@ class Inputs:
         least = torch.finfo(case.dtype).min
         self.mask = torch.where(self.visible, 0.0, least).to(case.dtype)[None, None]
 
+    def drawn(self, shape: tuple[int, ...]) -> Iterator[Tensor]:
+        """k and v, then where they are codes their scales, then their zeros."""
+        case, make = self.case, {"device": "cuda", "generator": self.generator}
+        codes = CODES.get(case.stored)
+        for _ in range(2):
+            if codes is None or case.stored == "fp8":
+                yield torch.randn(shape, **make, dtype=case.dtype).to(codes.dtype if codes else case.dtype)
+            else:
+                low, high, columns = (0, 256, case.width // 2) if codes.packed else (-127, 128, case.width)
+                yield torch.randint(low, high, (*shape[:3], columns), **make, dtype=codes.dtype)
+        if codes is not None:
+            rows = (1,) if case.stored == "fp8" else shape[:3]
+            largest = 7.0 if codes.packed else 70.0 if case.stored == "int8" else 1.0
+            yield from ((torch.rand(rows, **make) + 0.5).div(largest).to(case.dtype) for _ in range(2))
+            if codes.has_zero:
+                yield from ((torch.rand(rows, **make) * 3 + 6).round().to(case.dtype) for _ in range(2))
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The visible keys and values of the first copy, dequantised in `dtype`."""
+        tensors = [t[:, :, : self.case.filled] if t.dim() > 1 else t for t in self.caches[0]]
+        codes = CODES.get(self.case.stored)
+        if codes is None:
+            return tuple(t.to(dtype) for t in tensors)
+        found = []
+        for side in range(2):
+            held, scale, *zero = (t for t in tensors[side::2])
+            if codes.packed:
+                held = torch.stack((held & 15, held >> 4), -1).flatten(-2)
+            x = held.to(dtype) - (zero[0].to(dtype)[..., None] if zero else 0)
+            found.append(x * scale.to(dtype)[..., None])
+        return tuple(found)
+
     def formula(self, dtype: torch.dtype) -> Tensor:
         """The plain formula on the first copy, in `dtype`."""
         group = self.case.heads // self.case.kv_heads
-        k, v = (t[:, :, : self.case.filled] for t in self.caches[0])
+        k, v = self.plain(dtype)
         q = self.q.to(dtype).unflatten(1, (self.case.kv_heads, group))
-        scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k.to(dtype)) * self.case.width**-0.5
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * self.case.width**-0.5
         scores = scores.masked_fill(~self.visible[:, : self.case.filled], -math.inf)
         p = scores.softmax(-1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).to(dtype)
-        return torch.einsum("bhgqk,bhkd->bhgqd", p, v.to(dtype)).flatten(1, 2)
+        return torch.einsum("bhgqk,bhkd->bhgqd", p, v).flatten(1, 2)
 
 
-def launcher(case: Case, plan: Plan, inputs: Inputs) -> tuple[Tensor, Callable[[Tensor, Tensor], None]]:
-    """(result, function of k and v that launches the kernel of a plan)."""
+def launcher(case: Case, plan: Plan, inputs: Inputs) -> tuple[Tensor, Callable[..., None]]:
+    """(result, function of a cache that launches the kernel of a plan)."""
     pairs, made = case.batch * case.kv_heads, source(case, plan)
     slots = (pairs, plan.splits, query_rows(case.op()))
     tiles = pairs * row_tiles(case.op(), plan)
@@ -184,8 +232,8 @@ def launcher(case: Case, plan: Plan, inputs: Inputs) -> tuple[Tensor, Callable[[
     }
     kernel, grid = load_kernel(made.text, made.name), (tiles, plan.splits)
 
-    def launch(k: Tensor, v: Tensor) -> None:
-        tensors = fixed | {"k": k, "v": v}
+    def launch(*cache: Tensor) -> None:
+        tensors = fixed | dict(zip(("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"), cache, strict=False))
         kernel[grid](*(tensors[n] for n in made.tensors), num_warps=plan.num_warps, num_stages=plan.num_stages)
 
     return out, launch
@@ -224,10 +272,12 @@ def measure(case: Case, plans: list[Plan]) -> dict[str, Any]:
     eager_error = harness.relative_error(inputs.formula(case.dtype), reference)
     result: dict[str, Any] = {"case": dataclasses.asdict(case) | {"dtype": str(case.dtype)}, "floor": case.floor()}
     for name, mask in (("cudnn", inputs.mask), ("cudnn_unmasked", None)):
+        result[name] = math.nan
+        if case.stored:
+            continue
         try:
             result[name] = microseconds(cudnn(inputs, mask), inputs)
         except RuntimeError as error:
-            result[name] = math.nan
             print(f"  {name}:", str(error)[:100])
     result["variants"] = []
     for plan in plans:
