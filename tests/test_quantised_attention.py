@@ -60,6 +60,11 @@ def int4_halves(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, at: Ten
     return static_cache(q, (k - 7.5) * ks, (v - 7.5) * vs, at)
 
 
+def int4_signed(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, at: Tensor) -> Tensor:
+    k, v = ((nibbles(t).to(torch.int8) - 8).to(q.dtype) for t in (k, v))
+    return static_cache(q, k * ks, v * vs, at)
+
+
 def keys_alone(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, at: Tensor) -> Tensor:
     return static_cache(q, k.to(q.dtype) * ks, v, at)
 
@@ -86,6 +91,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], torch.dtype, int, tuple[int, ...],
     "fp8 per tensor": (fp8_per_tensor, torch.float8_e4m3fn, D, (), 1.0, None),
     "fp8 per head": (fp8_per_tensor, torch.float8_e5m2, D, HEAD, 1.0, None),
     "int4": (int4_shifted, torch.uint8, D // 2, TOKEN, 5.0, None),
+    "int4 as int8": (int4_signed, torch.uint8, D // 2, TOKEN, 5.0, None),
     "int4 with zeros": (int4_with_zeros, torch.uint8, D // 2, TOKEN, 5.0, 7.0),
     "int4 in halves": (int4_halves, torch.uint8, D // 2, TOKEN, 5.0, None),
     "keys alone": (keys_alone, torch.int8, D, TOKEN, 60.0, None),
@@ -152,6 +158,18 @@ def test_a_scale_for_each_column_is_no_quantisation_by_rows() -> None:
     q, k, v, _, at = inputs_of("keys alone", torch.float16)
     _, match = found(by_column, (q, k, v, torch.rand(D).half(), at))
     assert not match.alternatives
+
+
+def test_what_wraps_around_or_is_cut_off_is_no_code() -> None:
+    def wraps(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, at: Tensor) -> Tensor:
+        return static_cache(q, (k - 100).to(q.dtype) * ks, v, at)
+
+    def cut_off(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, at: Tensor) -> Tensor:
+        return static_cache(q, k.to(torch.float8_e4m3fn).to(torch.int32).to(q.dtype) * ks, v, at)
+
+    q, k, v, ks, at = inputs_of("keys alone", torch.float16)
+    assert not found(wraps, (q, k, v, ks, at))[1].alternatives
+    assert not found(cut_off, (q, k.half(), v, ks, at))[1].alternatives
 
 
 def test_verdict_and_bytes() -> None:

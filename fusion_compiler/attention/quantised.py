@@ -95,6 +95,8 @@ def _codes(node: Node, whole: Node) -> Found | None:
             break
         sign = 1.0 if node.target is aten.sub.Tensor else -1.0
         left, right = node.args
+        if node.meta["val"].dtype in INTEGERS and not _stays_in_range(node):
+            return None  # a difference of eight bits wraps around
         if isinstance(right, (int, float)) and isinstance(left, Node):
             shift, node = shift + sign * right, left
         elif isinstance(right, Node) and isinstance(left, Node) and sign > 0 and not zeros and _zero(right, whole):
@@ -109,6 +111,13 @@ def _codes(node: Node, whole: Node) -> Found | None:
     if stored_as not in (*INTEGERS, *FLOATS) or shape_of(node) != shape_of(whole) or not dtype.is_floating_point:
         return None
     return Codes(stored_as, "", shift, bool(zeros)), node, tuple(zeros)
+
+
+def _stays_in_range(node: Node) -> bool:
+    """Whether a number added to or taken from four bits, as int8, leaves no more than eight."""
+    left, right = node.args
+    small = isinstance(right, int) and abs(right) <= 112 and node.meta["val"].dtype == torch.int8
+    return small and isinstance(left, Node) and _unpacked(_uncast(left)) is not None
 
 
 def _zero(node: Node, whole: Node) -> bool:
@@ -158,11 +167,14 @@ def _nibble(node: Node) -> tuple[Node, bool] | None:
 
 
 def _uncast(node: Node) -> Node:
-    """Below casts that keep what integers of eight bits hold."""
+    """Below casts that keep what numbers of eight bits hold. Four bits keep their value as int8 too."""
     while node.target in CASTS:
         source = node.all_input_nodes[0]
-        narrow = node.meta["val"].dtype in (torch.int8, torch.uint8, torch.bool, *FLOATS)
-        if narrow and source.meta["val"].dtype != node.meta["val"].dtype:
+        have, want = source.meta["val"].dtype, node.meta["val"].dtype
+        narrow = want in (torch.int8, torch.uint8, torch.bool, *FLOATS) and have != want
+        if narrow and not (want == torch.int8 and _unpacked(source) is not None):
+            break
+        if have.is_floating_point and not want.is_floating_point:
             break
         node = source
     return node
