@@ -77,8 +77,10 @@ class Scores:
             lines += self._added(made.added, made.unknown, "" if factor == 1.0 else f" * {factor!r}", inside)
             factor = 1.0
         if visible and made is not None and made.finite:
-            lines.append(f"s = tl.where({visible}, s, {HIDDEN!r})")
-            visible = ""
+            # scaled before: a multiply-add of the scale and the maximum would leave the rounding of HIDDEN · scale over
+            scaled = "s" if factor == 1.0 else f"s * {factor!r}"
+            lines.append(f"s = tl.where({visible}, {scaled}, {HIDDEN!r})")
+            visible, factor = "", 1.0
         hiding = [*(conditions or ()), *([visible] if visible else [])]
         if hiding:
             lines.append(f's = tl.where({" & ".join(hiding)}, s, float("-inf"))')
