@@ -55,7 +55,7 @@ gpu-test: $(READY)
 
 bench: $(READY)
 	mkdir -p $(JSON)
-	for table in gated_mlp attention llama rows; do \
+	for table in gated_mlp attention llama rows linears; do \
 	    $(RUN) -m benchmarks.$$table --json $(JSON)/$$table.json $(BENCH_FLAGS) || exit 1; \
 	done
 

@@ -38,10 +38,10 @@ def demo_output() -> str:
     return run("benchmarks.demo", "--tiny", "--device", "cpu", "--rounds", "2")
 
 
-@pytest.mark.parametrize("table", ["gated_mlp", "attention", "llama", "rows"])
+@pytest.mark.parametrize("table", ["gated_mlp", "attention", "llama", "rows", "linears"])
 def test_benchmarks_print_a_table_and_write_their_figures(table: str, tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
-    only = {"gated_mlp": "M=1", "attention": "H4/2", "llama": "decode", "rows": "softmax"}[table]
+    only = {"gated_mlp": "M=1", "attention": "H4/2", "llama": "decode", "rows": "softmax", "linears": "gelu"}[table]
     out = run(f"benchmarks.{table}", "--tiny", "--only", only, "--device", "cpu", "--rounds", "2", "--json", str(path))
     assert out.startswith("| ") and "ours" in out and "failed" not in out
     stored = json.loads(path.read_text())

@@ -53,6 +53,7 @@ PLANS = {
     "swap": Plan("swap", 16, 16, 64, 4, 3),
     "swap, Gram": Plan("swap", 8, 32, 64, 4, 3, gram=True),
 }
+SLICED = Plan("sliced", 16, 16, 16, 4, 3, slices=4)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -105,6 +106,22 @@ def test_parts_of_a_packed_weight(plan: Plan, kn: bool) -> None:
     op = dataclasses.replace(whole.op, features=(0, 96))
     out = run(dataclasses.replace(whole, op=op, weights=(packed, packed)), plan)
     assert_as_good_as_eager(out, whole, SWIGLU)
+
+
+@pytest.mark.parametrize("kn", [False, True])
+@pytest.mark.parametrize(
+    ("epilogue", "dtype"), [(BIAS, HALF), (GEGLU_RESIDUAL, SINGLE)], ids=["bias", "geglu residual"]
+)
+def test_slices_of_k_side_by_side(epilogue: Epilogue, dtype: torch.dtype, kn: bool) -> None:
+    for m, k, n in ((2, 192, 96), (16, 130, 90)):
+        operands = Operands.random(family(m, k, n, None, epilogue, dtype, weight_is_kn=kn))
+        assert_as_good_as_eager(run(operands, SLICED, runtime_m=m == 2), operands, epilogue)
+
+
+def test_narrow_outputs_are_sliced() -> None:
+    """2048 columns are 64 blocks of 32: too few to draw the memory's bandwidth, unless the warps share K."""
+    [best, *_] = offered(family(16, 8192, 2048, None, PLAIN, BRAIN))
+    assert best.name == "triton_sliced" and best.seconds < 12.5e-6
 
 
 # ---- the pointwise printer ----------------------------------------------------------------------

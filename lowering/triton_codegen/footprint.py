@@ -15,7 +15,7 @@ BLOCKS_PER_SM = 32
 
 def step_bytes(op: MatmulFamily, plan: Plan) -> int:
     """Bytes of weights that one block reads per step."""
-    return op.weights * plan.block_n * plan.block_k * op.dtype.itemsize
+    return op.weights * plan.block_n * plan.step_k * op.dtype.itemsize
 
 
 def shared_memory(op: MatmulFamily, plan: Plan) -> int:
@@ -29,8 +29,8 @@ def shared_memory(op: MatmulFamily, plan: Plan) -> int:
     if plan.kind == "gemv":
         vectors = (1 + plan.rows) * plan.block_k * 4
         return vectors + (weights * plan.num_stages if plan.num_stages > 1 else 0)
-    x_tile = plan.rows * plan.block_k * op.dtype.itemsize
-    normed = x_tile + plan.num_stages * plan.block_k * op.dtype.itemsize if op.norm else 0
+    x_tile = plan.rows * plan.step_k * op.dtype.itemsize
+    normed = x_tile + plan.num_stages * plan.step_k * op.dtype.itemsize if op.norm else 0
     passes = 3 * plan.rows * statistics_block(op, plan) * op.dtype.itemsize if norm_mode(op, plan) == "first" else 0
     return max(plan.num_stages * (weights + x_tile) + normed, passes) + 1024
 
@@ -46,7 +46,7 @@ def registers(op: MatmulFamily, plan: Plan) -> int:
         return 40 + plan.rows * (op.weights * plan.block_n + (plan.block_k if op.norm else 0)) // threads
     tile = plan.rows * (op.weights * plan.block_n + (plan.block_k // 2 if op.norm else 0))
     gram = plan.rows * plan.rows if plan.gram else 0
-    return 36 + (tile + gram) // threads
+    return 36 + plan.slices * (tile + gram) // threads
 
 
 def resident_blocks(op: MatmulFamily, plan: Plan, machine: Machine) -> int:

@@ -34,6 +34,9 @@ from .writer import norm_mode, statistics_block
 SMALL_SHARED_MEMORY = 100 * 1024  # below, two pipeline stages are worth a thought
 SHORT_ROW = 256  # bytes of one row of a weight that a step reads at once
 MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
+SLICED_ROWS = 16  # beyond, the rows of x fill the matrix unit less well than the columns
+SLICES = 4  # 8 were never better
+SLICED_STEPS = 4  # fewer would not fill the pipeline
 GEMV_ROWS = 4  # more rows need more registers than a thread has
 
 
@@ -77,7 +80,8 @@ def power_of_two(at_least: int) -> int:
 def plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
     """Every plan for up to `rows` rows that fits `machine`."""
     yield from tiles.plans(op, machine, rows)
-    for plan in itertools.chain(_gemv_plans(op, rows), _swap_plans(op, machine, rows)):
+    few = (_gemv_plans(op, rows), _swap_plans(op, machine, rows), _sliced_plans(op, machine, rows))
+    for plan in itertools.chain(*few):
         if shared_memory(op, plan) <= machine.shared_memory and registers(op, plan) <= REGISTERS_PER_THREAD:
             yield plan
 
@@ -118,19 +122,34 @@ def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]
             yield replace(plan, gram=norm_mode(op, plan) == "folded")
 
 
+def _sliced_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
+    padded = max(8, power_of_two(rows))
+    if (
+        op.norm is not None
+        or padded > SLICED_ROWS
+        or op.dtype == torch.float32
+        or (machine.kind == "cuda" and machine.capability < 80)
+    ):
+        return
+    for block_n, block_k, stages in itertools.product((16, 32), (64, 128), (3, 4, 6)):
+        plan = Plan("sliced", padded, block_n, block_k, SLICES, stages, slices=SLICES)
+        if SLICED_STEPS * plan.step_k <= int(op.k) and stages * block_k <= 512:
+            yield plan
+
+
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: Any) -> Any:
     """Predicted time where the kernel moves `moved` bytes (a number or sympy). `rows` is the most that the plan is to
     serve; of tiles, the number there is (a number or sympy)."""
     if plan.kind == "tile":
         return tiles.seconds(op, plan, machine, moved, rows)
     known = constants()
-    kind = known.kinds[plan.kind if plan.kind == "gemv" else "wide" if plan.wide else "narrow"]
+    kind = known.kinds[plan.kind if plan.kind != "swap" else "wide" if plan.wide else "narrow"]
     threads = 32 * plan.num_warps
     blocks = math.ceil(int(op.n) / plan.block_n)
-    steps = math.ceil(int(op.k) / plan.block_k)
+    steps = math.ceil(int(op.k) / plan.step_k)
     per_sm = math.ceil(blocks / machine.num_sms)
     share = blocks / (machine.num_sms * min(resident_blocks(op, plan, machine), per_sm))
-    products = plan.rows * op.weights * plan.block_n * plan.block_k
+    products = plan.rows * op.weights * plan.block_n * plan.step_k
     latency = kind.step + kind.latency / max(1, plan.num_stages - 1)
     latency += kind.byte_per_thread * step_bytes(op, plan) / threads + kind.multiply_add * products / threads
     chain = math.ceil(share) * steps * latency
@@ -138,11 +157,11 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     # library its place until somebody measures
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
     per_product = 8 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
-    work = per_sm * steps * (kind.x_element * plan.rows * plan.block_k + per_product * products)
+    work = per_sm * steps * (kind.x_element * plan.rows * plan.step_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
     if norm_mode(op, plan) == "first":
         start += kind.statistics * math.ceil(int(op.k) / statistics_block(op, plan))
-    short = kind.short if plan.block_k * op.dtype.itemsize < SHORT_ROW else 0.0
+    short = kind.short if plan.step_k * op.dtype.itemsize < SHORT_ROW else 0.0
     memory = moved * (1 + short) / (machine.memory_bandwidth * known.reached)
     if isinstance(memory, sympy.Expr):
         # the 4-norm of a symbolic amount would be slow to solve for crossovers; over few rows the weights dominate

@@ -15,6 +15,7 @@ from __future__ import annotations
 from ...fused import MatmulFamily, MatmulGroup
 from .gemv_source import Gemv
 from .plans import Plan
+from .sliced_source import Sliced
 from .swap_source import Swap
 from .tile_source import Tile
 from .writer import Facts, KernelSource
@@ -29,7 +30,7 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
     return Facts(
         m=m,
         even_n=all(int(part.n) % plan.block_n == 0 for part in op.parts),
-        even_k=k % plan.block_k == 0,
+        even_k=k % plan.step_k == 0,
         wide_weight=(n + max(whole.features, default=0)) * k >= INT32_ELEMENTS,
         wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.kind == "tile" and m is None),
         input_precision=input_precision,
@@ -38,4 +39,4 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
 
 def write(op: MatmulFamily | MatmulGroup, plan: Plan, known: Facts) -> KernelSource:
     """The kernel that computes `op` by `plan`."""
-    return {"gemv": Gemv, "swap": Swap, "tile": Tile}[plan.kind](op, plan, known).write()
+    return {"gemv": Gemv, "swap": Swap, "sliced": Sliced, "tile": Tile}[plan.kind](op, plan, known).write()

@@ -42,8 +42,8 @@ class Swap(Writer):
             self.emit(f"m_in = m < {'M' if self.known.m is None else self.known.m}")
 
     def x(self, k: str, *bounds: str) -> str:
-        inside = [*([] if self.all_rows else ["m_in[:, None]"]), *bounds]
-        return f"tl.load(x + m[:, None] * x_stride + {k}[None, :]{mask_argument(inside)})"
+        inside = [*([] if self.all_rows else [f"m_in{self.outer}"]), *bounds]
+        return f"tl.load(x + m{self.outer} * x_stride + {k}{self.inner}{mask_argument(inside)})"
 
     def statistics(self) -> None:
         norm, rows = self.op.norm, self.plan.rows

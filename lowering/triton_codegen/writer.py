@@ -60,6 +60,7 @@ class Writer:
     """What the kinds share: signature, indices, weights, extras."""
 
     axis = ""  # suffix that makes a vector over n broadcast against the accumulator
+    outer, inner = "[:, None]", "[None, :]"  # suffixes of a vector over n or m, and of one over k, in a tile
     constants: tuple[str, ...] = ("x_stride", "w_stride", "N", "K", "BLOCK_N", "BLOCK_K")
 
     def __init__(self, op: MatmulFamily | MatmulGroup, plan: Plan, known: Facts) -> None:
@@ -93,7 +94,7 @@ class Writer:
         self.start()
         # without a dot, Triton pipelines a loop only where asked to
         asked = self.plan.kind == "gemv" and self.plan.num_stages > 1
-        walk = f"tl.range(0, K, BLOCK_K, num_stages={self.plan.num_stages})" if asked else "range(0, K, BLOCK_K)"
+        walk = f"tl.range(0, K, BLOCK_K, num_stages={self.plan.num_stages})" if asked else f"range(0, K, {self.step_k})"
         self.emit(f"for start in {walk}:")
         self.level += 1
         self.step()
@@ -121,6 +122,11 @@ class Writer:
 
     def finish(self) -> None:
         raise NotImplementedError
+
+    @property
+    def step_k(self) -> str:
+        """How far the walk along K goes in a step."""
+        return "BLOCK_K"
 
     # ---- several results --------------------------------------------------------------------
     @property
@@ -174,13 +180,16 @@ class Writer:
     def load_weights(self) -> None:
         """Weights are read once and never again, so they leave the caches first."""
         wide = ".to(tl.int64)" if self.known.wide_weight else ""
-        inside = [*([] if self.known.even_n else ["n_in[:, None]"]), *([] if self.known.even_k else ["k_in[None, :]"])]
+        inside = [
+            *([] if self.known.even_n else [f"n_in{self.outer}"]),
+            *([] if self.known.even_k else [f"k_in{self.inner}"]),
+        ]
         for i in range(self.op.weights):
             feature = self.op.features[i] if self.op.features else 0
             n = f"(n + {feature})" if feature else "n"
-            offset = f"{n}{wide}[:, None] * w_stride + k[None, :]"
+            offset = f"{n}{wide}{self.outer} * w_stride + k{self.inner}"
             if self.op.weight_is_kn:
-                offset = f"k{wide}[None, :] * w_stride + {n}[:, None]"
+                offset = f"k{wide}{self.inner} * w_stride + {n}{self.outer}"
             pointer = "w" if self.several else f"w{i}"
             line = f'tl.load({pointer} + {offset}{mask_argument(inside)}, eviction_policy="evict_first")'
             self.emit(f"w{i}_tile = {line}")
