@@ -213,12 +213,12 @@ def apart(site: Site) -> Any:
     inside, moved = set(site.interior), 0
     bases = [base_of(node) for node in site.operands]
     for node, base in zip(site.operands, bases, strict=True):
-        if is_pointwise(base) and not _call_between(base, bases):
+        if is_pointwise(base) and not call_between(base, bases):
             kept = any(r not in inside for r in readers_of(base))
             moved = moved + _bytes(node) * (1 if kept else 2)
     for output in site.outputs:
         readers = [r for r in readers_of(output) if r not in inside]
-        near = [r for r in readers if is_pointwise(r) and not any(_call_between(o, [r]) for o in site.outputs)]
+        near = [r for r in readers if is_pointwise(r) and not any(call_between(o, [r]) for o in site.outputs)]
         if near:
             moved = moved + _bytes(output) * (2 if len(near) == len(readers) else 1)
     return moved
@@ -234,7 +234,7 @@ def _bytes(node: Node) -> Any:
     return product(value.shape) * value.dtype.itemsize
 
 
-def _call_between(first: Node, last: Iterable[Node]) -> bool:
+def call_between(first: Node, last: Iterable[Node]) -> bool:
     """Whether a library call depends on `first` and one of `last` on that call."""
     depends: dict[Node, bool] = {first: True}
     stack = list(last)

@@ -16,7 +16,7 @@ from .cost.baseline import inductor_plan
 from .cost.node_work import readers_of
 from .fused import Site
 from .machine import Machine
-from .row_reduction import is_pointwise
+from .row_reduction import call_between, is_pointwise
 
 MOST = 32  # nodes that follow; a longer chain is another kernel by then
 
@@ -33,7 +33,8 @@ def severed_seconds(site: Site, taken: Sequence[Collection[Node]], machine: Mach
     front = list(site.outputs)
     while front and len(behind) < MOST:
         for reader in readers_of(front.pop()):
-            if reader not in inside and reader not in gone and reader not in behind and is_pointwise(reader):
+            known = reader in inside or reader in gone or reader in behind
+            if not known and is_pointwise(reader) and not any(call_between(o, [reader]) for o in site.outputs):
                 behind[reader] = None
                 front.append(reader)
     loops = [n for n in site.interior if is_pointwise(n)]

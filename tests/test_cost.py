@@ -48,9 +48,9 @@ NO_MASK = Mask("none")
 # ---- what Inductor makes of nodes ---------------------------------------------------------------
 @pytest.mark.parametrize(
     ("k", "n", "m", "measured"),
-    [(2048, 8192, 1, 22.8), (2048, 8192, 16, 22.7), (2048, 8192, 64, 24.8), (2048, 8192, 256, 35.7),
+    [(2048, 8192, 1, 22.8), (2048, 8192, 16, 22.7), (2048, 8192, 64, 24.8), (2048, 8192, 256, 32.5),
      (2048, 8192, 1024, 118.5), (2048, 8192, 4096, 447), (4096, 14336, 1, 67.1), (4096, 14336, 16, 62.3),
-     (4096, 14336, 256, 106.7), (4096, 14336, 1024, 373), (4096, 14336, 4096, 1480)],
+     (4096, 14336, 256, 94.2), (4096, 14336, 1024, 373), (4096, 14336, 4096, 1480)],
 )  # fmt: skip
 def test_gated_mlp_under_inductor(k: int, n: int, m: int, measured: float) -> None:
     plan = inductor_plan(calls(traced(gated_mlp, (m, k), (n, k), (n, k), dtype=BF16)), H200)
@@ -58,7 +58,7 @@ def test_gated_mlp_under_inductor(k: int, n: int, m: int, measured: float) -> No
     assert [kernel.kind for kernel in plan.kernels] == ["matmul", "pointwise", "matmul"]
 
 
-@pytest.mark.parametrize(("m", "measured"), [(1, 16.4), (16, 17.2), (256, 25.1), (4096, 321)])
+@pytest.mark.parametrize(("m", "measured"), [(1, 18.2), (16, 18.0), (256, 25.1), (4096, 321)])
 def test_norm_and_linear_under_inductor(m: int, measured: float) -> None:
     plan = inductor_plan(calls(traced(rms_linear, (m, 4096), (4096,), (6144, 4096), dtype=BF16)), H200)
     assert plan.seconds * 1e6 == pytest.approx(measured, rel=0.15)
@@ -67,7 +67,7 @@ def test_norm_and_linear_under_inductor(m: int, measured: float) -> None:
 
 def test_layer_norm_and_linear_under_inductor() -> None:
     plan = inductor_plan(calls(traced(layer_norm_linear, (1, 4096), (4096,), (4096,), (4096, 4096), dtype=BF16)), H200)
-    assert plan.seconds * 1e6 == pytest.approx(12.8, rel=0.10)
+    assert plan.seconds * 1e6 == pytest.approx(15.1, rel=0.10)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,18 @@ def test_attention_under_inductor(
 def test_attention_under_inductor_on_a_cpu(dtype: torch.dtype, s: int, measured: float) -> None:
     gm = traced(attention(), (1, 8, s, 64), (1, 2, s, 64), (1, 2, s, 64), dtype=dtype)
     assert inductor_plan(calls(gm), TWO_CORES).seconds * 1e3 == pytest.approx(measured, rel=0.20)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "m", "measured"),
+    [(4096, 4096, 1, 13.7), (4096, 4096, 16, 14.1), (4096, 4096, 64, 13.7), (14336, 4096, 1, 32.0),
+     (14336, 4096, 16, 33.5), (14336, 4096, 64, 37.1), (8192, 2048, 1, 14.3), (8192, 2048, 16, 14.5),
+     (8192, 2048, 64, 15.5), (2048, 2048, 1, 7.3), (2048, 2048, 64, 7.7)],
+)  # fmt: skip
+def test_linear_and_residual_under_inductor(k: int, n: int, m: int, measured: float) -> None:
+    """Narrow outputs: the library splits K, which costs it less than idle units and more than nothing."""
+    residual = traced(lambda x, w, r: x @ w.T + r, (m, k), (n, k), (m, n), dtype=BF16)
+    assert inductor_plan(calls(residual), H200).seconds * 1e6 == pytest.approx(measured, rel=0.08)
 
 
 def test_traffic_of_the_plan_is_counted_from_the_graph() -> None:

@@ -37,7 +37,9 @@ class Fractions:
 class LibraryMatmul:
     """The vendor's GEMM, which chooses from `tiles` (rows, columns, fraction of `compute`); none: any size is fine.
 
-    `overlap`: the part of the shorter of arithmetic and memory time that hides behind the longer.
+    `overlap`: the part of the shorter of arithmetic and memory time that hides behind the longer. `latency`: seconds
+    before memory is drawn at full rate, and after. `split_seconds`: what splitting K among the units costs that too few
+    tiles would leave idle; 0 where the library does not split.
     """
 
     memory: float
@@ -46,6 +48,8 @@ class LibraryMatmul:
     batched_compute: Fractions
     overlap: float
     tiles: tuple[tuple[int, int, float], ...]
+    latency: float = 0.0
+    split_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def _load(name: str) -> Efficiency:
             Fractions(matmul["batched_compute"]),
             matmul["overlap"],
             tuple((rows, columns, fraction) for rows, columns, fraction in matmul["tiles"]),
+            matmul.get("latency", 0.0),
+            matmul.get("split_seconds", 0.0),
         ),
         pointwise=Loop(**raw["pointwise"]),
         reduction=Loop(**raw["reduction"]),

@@ -24,6 +24,8 @@ from .efficiency import AttentionKernel, efficiency
 
 # Fewer thread blocks than this fraction of the SMs cannot draw the full memory bandwidth.
 SATURATING_SMS = 0.5
+# Fewer tiles than this fraction of the SMs, and the vendor's GEMM splits K.
+BUSY_SMS = 0.75
 
 
 def roofline(
@@ -114,13 +116,18 @@ def library_matmul_seconds(
     reached = machine.rate(dtype) * (found.batched_compute if batched else found.compute).of(dtype)
     memory_fraction = found.batched_memory if batched else found.memory
     memory = (traffic.bytes_read + traffic.bytes_written - l2_bytes) / (machine.memory_bandwidth * memory_fraction)
-    memory = memory + l2_bytes / (machine.l2_bandwidth * memory_fraction)
+    memory = memory + l2_bytes / (machine.l2_bandwidth * memory_fraction) + found.latency
     times = []
     for tile_m, tile_n, fraction in found.tiles:
         rows = minimum(tile_m, maximum(16, 16 * ceil_div(m, 16)))
         tile_seconds = 2 * rows * tile_n * k / (reached * fraction / machine.num_sms)
         waves = batch * ceil_div(m, rows) * ceil_div(n, tile_n) / machine.num_sms
         times.append(maximum(1, (waves + ceil_div(waves, 1)) / 2) * tile_seconds)
+        if found.split_seconds:
+            times.append(where(greater(1, waves), waves, (waves + 1)) * tile_seconds)
+    if found.tiles and found.split_seconds:
+        # the last tile is the smallest: where even that is too large to keep the units busy, K is split
+        memory = memory + where(greater(BUSY_SMS, waves), found.split_seconds, 0.0)
     compute = minimum(*times) if times else traffic.flops / reached
     exposed = (1 - found.overlap) * minimum(compute, memory)
     return maximum(compute, memory) + exposed + traffic.launches * machine.launch_overhead
