@@ -59,8 +59,8 @@ def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[M
     for pattern in patterns:
         found, almost = pattern.find(view)
         taken = {node for m in matches for node in (*m.site.outputs, *m.site.interior)}
-        # what stands at the same site, as a chain behind a linear that a user has declared, is one place
-        known = {m.site for m in matches}
+        # a chain behind a linear that a user has declared, for example, is one place
+        known = {m.site for m in matches if isinstance(m.op, MatmulFamily)}
         matches += [m for m in found if m.site not in known]
         near_misses += [n for n in almost if n.root not in taken]
     # what was found there instead says enough, but a softmax says nothing of the attention it might have been part of
