@@ -187,3 +187,25 @@ def test_what_no_kernel_prints_is_told_beforehand() -> None:
     assert isinstance(match.op, Attention)
     found = flash.candidates(dataclasses.replace(match.op, modification=made), machine("h200"))
     assert isinstance(found, Unavailable) and "gamma" in found.reason
+
+
+def test_lists_of_a_mask_that_reads_nothing() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, keys = positions(q, k)
+        return attend(q, k, v, seen=(keys <= rows) | (keys < 5))
+
+    check(fn, *heads(1, 2, 2, LENGTH, LENGTH, 16), plan=LISTED)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_several_finite_fills_where_rows_see_nothing_are_left(at_once: bool) -> None:
+    """Keys that two masks hide are −∞ in float32, and no longer part of the average that others are."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        rows, keys = positions(q, k)
+        first, second = (torch.where(s, 0.0, torch.finfo(torch.float32).min) for s in (seen, keys <= rows))
+        scores = q @ k.mT * 0.25
+        return torch.softmax(scores + (first + second) if at_once else scores + first + second, -1) @ v
+
+    op = only(traced(fn, *heads(1, 2, 2, LENGTH, LENGTH, 16), unknown())).op
+    assert isinstance(op, Attention) and op.modification is None and op.mask.kind == "tensor"

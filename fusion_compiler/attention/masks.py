@@ -84,8 +84,8 @@ def prove(terms: Sequence[Term], extents: Extents, indexer: Indexer) -> Proof:
         empty = "none"
     if isinstance(proof, str):
         return Proof(Mask("tensor", empty_rows=empty, proof=reason))
-    # beside a finite fill, a row that sees nothing averages what the fill was put over: no limit says so
-    kind = "tensor" if empty == "mean" else proof.mask.kind
+    # beside finite fills, a row that sees nothing averages what they were put over: no limit says so
+    kind = "tensor" if finite and empty != "none" else proof.mask.kind
     if kind == "tensor":
         return Proof(Mask("tensor", empty_rows=empty, proof=reason))
     return replace(proof, mask=replace(proof.mask, empty_rows=empty, proof=reason))

@@ -6,10 +6,11 @@ reading a tensor of queries × keys. What of the conditions can be proved to be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import sympy
+import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
@@ -19,6 +20,8 @@ from .limits import Extents, conjuncts, loads_of, read
 from .masks import HIDDEN, Term, limited, sees_a_key
 from .roles import Geometry
 
+LEAST = torch.finfo(torch.float32).min
+ABSORBING = -1e30  # a bias added to it changes nothing
 MOST_OPERATIONS = 40  # of one term; more are cheaper to read than to compute again for every score
 
 
@@ -35,10 +38,10 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
             conditions.append(truth(value) if term.keeps else sympy.Not(truth(value)))
             fills.append(term.fill)
             continue
-        visible, fill = _visible(value, term.factor)
-        if fill is not None:
+        visible, hiding = _visible(value, term.factor)
+        if hiding:
             conditions.append(visible)
-            fills.append(fill)
+            fills += hiding
         rest = _mapped(number(value), lambda leaf, factor=term.factor: _addend(leaf, factor))  # type: ignore[misc]
         if rest != ZERO:
             added.append(rest)
@@ -59,6 +62,8 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
         if any({extents.query, extents.key} & part.free_symbols for part in parts_of(sink)):
             return nothing
         finite, seen, unknown = False, True, False  # a row that sees no key gives 0, however it is hidden
+    if finite and not seen and not _average(geometry.terms(), fills, bool(added)):
+        return nothing
     mask, visible, nodes = Mask("none"), whole, dict[str, Node]()
     if seen or not finite:
         found = [(part, read(part, extents, indexer)) for part in parts]
@@ -91,6 +96,13 @@ def says_more(op: Attention) -> bool:
     return not alone or bool(op.mask.tensor == "none")
 
 
+def _average(terms: Sequence[Term], fills: Sequence[float], biased: bool) -> bool:
+    """Whether a row that sees no key averages all values: every key is hidden by one and the same number, beside which
+    nothing else counts."""
+    alike = len(fills) == 1 or (len(set(fills)) == 1 and not any(term.additive for term in terms))
+    return alike and (not biased or fills[0] <= ABSORBING)
+
+
 def _printable(term: Term, indexer: Indexer, extents: Extents) -> object:
     """The value of a term, or where that is a long formula or reads several tensors of queries × keys, one element."""
     value = indexer.at(term.node, term.index)
@@ -104,16 +116,16 @@ def _is_tile(load: sympy.Expr, extents: Extents) -> bool:
     return bool({extents.query, extents.key} <= load.free_symbols)
 
 
-def _visible(value: object, factor: float) -> tuple[Boolean, float | None]:
-    """Where an added value hides no key, and the least number that hides one, if any does."""
-    visible, fill = list[Boolean](), None
+def _visible(value: object, factor: float) -> tuple[Boolean, set[float]]:
+    """Where an added value hides no key, and the numbers that hide one."""
+    visible, fills = list[Boolean](), set[float]()
     for condition, leaf in leaves(value):
         constant = _constant(leaf) * factor
         if constant <= HIDDEN:
-            fill = constant if fill is None else min(fill, constant)
+            fills.add(constant if constant >= LEAST else float("-inf"))
         else:
             visible.append(condition)
-    return sympy.Or(*visible), fill
+    return sympy.Or(*visible), fills
 
 
 def _constant(leaf: sympy.Expr) -> float:

@@ -30,7 +30,7 @@ import triton.language as tl
 
 
 @triton.jit
-def classify({arguments}, kinds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def classify({arguments}, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     start = tl.program_id(0) * BLOCK_N
     first_row = tl.program_id(1) * BLOCK_M
     head = (tl.program_id(2) % {heads}).to(tl.int64)
@@ -77,7 +77,8 @@ def sources(op: Attention, plan: Plan, strides: Strides, arguments: Sequence[str
     _, heads = sharing(op, scores)
     count = -(-int(op.kv_len) // plan.block_n)
     classify = CLASSIFY.format(
-        arguments=", ".join(arguments), heads=size_text(amount(heads)), setup="\n    ".join(found.setup) or "pass",
+        arguments=", ".join([*arguments, "kinds"]), heads=size_text(amount(heads)),
+        setup="\n    ".join(found.setup) or "pass",
         seen=seen, q_len=size_text(amount(op.q_len)),
     )  # fmt: skip
     return classify, LIST.format(count=count)
