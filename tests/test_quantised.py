@@ -148,6 +148,21 @@ def test_codes_take_up_to_64_rows_and_inductor_the_rest():
     assert "64 rows" in said[256][2]
 
 
+def test_rows_may_be_symbolic():
+    model = Split()
+    settings = {"machine": SLOW, "remainder": "eager", "strict": True, "disable": ["linear_epilogue"]}
+    rows_of_any_number = torch.compile(model, backend=fusion_compiler, dynamic=True, options=settings)
+    for rows in (12, 7):
+        x = torch.randn(rows, K, dtype=HALF)
+        with torch.no_grad():
+            out = rows_of_any_number(x)
+        reference = x.double() @ model.weight().T
+        assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+    report = fc.explain(model, torch.randn(12, K, dtype=HALF), machine=SLOW, dynamic=True)
+    [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
+    assert [r.hi for r in decision.ranges][-2:] == [64, None] and decision.ranges[-1].verdict == "kept"
+
+
 def test_a_tile_that_does_not_fit_is_named_with_its_bytes():
     # float16 and Q8_1 copies of 32 activations, for a tile of rows by blocks; `reused`: one takes the other's place
     def bytes_of(rows: int, blocks: int, *, reused: bool = False) -> int:

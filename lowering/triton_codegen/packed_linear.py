@@ -95,6 +95,8 @@ def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
             return f"one weight has its codes in {first.order}, another in {packed.order}; pack both the same way"
         if not isinstance(packed.zero, PerGroup) and (packed.zero != first.zero or packed.zero not in range(16)):
             return f"the zero point {packed.zero:g} is no integer from 0 to 15, or not the same for all weights"
+        if packed.first + n * packed.row >= 2**31:
+            return "its codes reach over 2³¹ bytes of memory, and kernels count in 32 bits; make them contiguous"
         least = 32 if packed.order == "halves" else 16
         for held in (packed.scale, packed.zero):
             if isinstance(held, PerGroup) and (held.group % least or k % held.group):
