@@ -8,7 +8,7 @@ import os
 if not os.environ.get("FUSION_COMPILER_TEST_GPU"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,10 +20,15 @@ from fusion_compiler import report
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     monkeypatch.setattr(report, "_reports", [])
+    # float32 kernels are made where TF32 is allowed; the interpreter computes them in float32 all the same
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = os.environ.get("TRITON_INTERPRET") == "1"
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture

@@ -275,3 +275,17 @@ def test_sizes_that_were_equal_when_tracing_vary_together() -> None:
     decision = decided("attention", unscaled, *x, on=TWO_CORES)
     # 8 heads of S² bf16 scores exceed 32 MiB from S = 1449 on: their pages are then mapped afresh at every call
     assert [(r.lo, r.hi, r.verdict) for r in decision.ranges] == [(2, 1448, "kept"), (1449, None, "fused")]
+
+
+def test_float32_on_matrix_units_is_refused_unless_tf32_is_allowed() -> None:
+    """Its rounding errors are more than eager's; one row is added up on the ordinary units."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    few, one = (decided("gated_mlp", gated_mlp, *_mlp(m), on=H200) for m in (16, 1))
+    assert "one chain" in few.reason and few.verdict == "kept" and "one chain" not in one.reason
+    q, k, v = (torch.empty(1, h, 256, 64, device="meta") for h in (8, 2, 2))
+    options = {c.name: c.reason for c in decided("attention", attention(), q, k, v, on=H200).candidates}
+    assert "one chain" in options["triton"]
+
+
+def _mlp(m: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty(s, device="meta") for s in ((m, 512), (1024, 512), (1024, 512)))

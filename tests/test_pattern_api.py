@@ -117,7 +117,7 @@ def test_patterns_are_listed() -> None:
 
 def explained(**options: Any) -> list[str]:
     made = fc.explain(linear_cube, *tensors((3, 8), (4, 8)), machine="h200", options=options)
-    return [d.pattern for d in made.decisions]
+    return [d.pattern for d in made.decisions if d.pattern != "linear_epilogue"]  # that finds any chain
 
 
 def test_registered_local_disabled() -> None:

@@ -19,7 +19,7 @@ from ....cost.amounts import amount
 from ....fused import Attention, Codes, Layout, QuantisedAttention, Site, Size
 from ....machine import Machine
 from ....splice import load_kernel, same_sizes
-from ..matmul import float32_precision
+from ..matmul import float32_precision, imprecise
 from . import predict
 from .operands import Axes, KernelSource, Operand, Operands, Plan, query_rows, row_tiles
 from .source import write
@@ -76,6 +76,8 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
         return f"decode kernels are generated for bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
+    if imprecise(op.dtype):
+        return imprecise(op.dtype)
     if not all(isinstance(amount(n), int) for n in (op.heads, op.kv_heads, op.q_len)):
         return "the numbers of heads and queries are symbolic: mark only batch and keys as dynamic"
     if query_rows(op) > MOST_ROWS:
