@@ -142,7 +142,7 @@ def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, An
         times = {name: statistics.median(values) for name, values in samples.items()}
         row.seconds = {name: times[name] for name in columns}
         for kernel, _ in kernels:
-            kernel.seconds = times.get(kernel.plan, float("nan"))
+            kernel.seconds = times.get(kernel.plan, 0.0)
         speedups = {name: harness.ratio(samples, name, "ours") for name in columns if name != "ours"}
         row.speedup = {name: value for name, value in speedups.items() if value is not None}
         return {**asdict(row), "shape": point.shape, "m": point.m, "kernels": [asdict(kernel) for kernel, _ in kernels]}

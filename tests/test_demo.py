@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +48,20 @@ def test_benchmarks_print_a_table_and_write_their_figures(table: str, tmp_path: 
     stored = json.loads(path.read_text())
     assert stored["rows"] and stored["device"]["type"] == "cpu" and stored["versions"]["torch"]
     assert stored["date"] and "commit" in stored and table in stored["command"]
+
+
+def test_the_sweep_of_the_matmul_family_merges_parts_and_tells_regret(tmp_path: Path) -> None:
+    def row(m: int, ours: float, kernel: float) -> dict[str, Any]:
+        return {
+            "name": f"1B M={m}", "shape": "1B", "m": m, "floor": 15e-6, "predicted": 20e-6, "verdict": "kept",
+            "seconds": {"inductor": 24e-6, "ours": ours}, "speedup": {},
+            "kernels": [{"plan": "tile", "seconds": kernel}, {"plan": "refused", "seconds": 0.0}],
+        }  # fmt: skip
+
+    parts = [tmp_path / "a.json", tmp_path / "b.json"]
+    for part, rows in zip(parts, ([row(16, 24e-6, 20e-6)], [row(64, 20e-6, 20.5e-6)]), strict=True):
+        part.write_text(json.dumps({"date": part.name, "rows": rows}))
+    merged = tmp_path / "all.json"
+    out = run("benchmarks.matmul_family", "--merge", *map(str, parts), "--json", str(merged))
+    assert "| 1.200 | kept |" in out and "regret ≤ 1.05 in 1 of 2 points" in out
+    assert [r["m"] for r in json.loads(merged.read_text())["rows"]] == [16, 64]
