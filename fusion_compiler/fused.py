@@ -156,7 +156,7 @@ class MatmulGroup:
     @property
     def whole(self) -> MatmulFamily:
         """One linear with as many output features, which is the same work."""
-        return replace(self.parts[0], n=sum(int(p.n) for p in self.parts), extras=())
+        return replace(self.parts[0], n=sum(p.n for p in self.parts), extras=())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -94,9 +94,11 @@ RESIDUALS: list[Callable[[Tensor, Tensor], Tensor]] = [
     noise=st.lists(st.sampled_from(matmul.NOISE), min_size=2, max_size=2),
 )  # fmt: skip
 def test_norms_match(leading, n, norm, residual, noise):
+    spelled = matmul._norm(norm, n)
+
     def normed(x: Tensor, r: Tensor, *w: Tensor) -> Any:
         h = noise[0](x if residual is None else residual(x, r))
-        y = noise[1](matmul._norm(norm)(h, spell.Weights(*w)))
+        y = noise[1](spelled(h, spell.Weights(*w)))
         return y if residual is None else (y, h * 2)
 
     x, w = matmul.inputs(leading, n, 4, torch.float32)
