@@ -240,3 +240,11 @@ def test_kernels_compile_without_spilling():
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 4 and not [kernel for kernel in found if kernel[1]]
+
+
+def test_positions_that_meet_frequencies_are_no_codes():
+    def angles(frequencies, positions):
+        return frequencies[:, None] @ positions[None].float()
+
+    report = fc.explain(angles, torch.rand(8), torch.arange(16), machine="h200")
+    assert not [d for d in (*report.decisions, *report.near_misses) if d.pattern == "quantised_linear"]

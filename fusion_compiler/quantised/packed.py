@@ -22,6 +22,7 @@ from .walk import Walk
 ROWS, COLUMNS, ELSEWHERE = 4, 6, 1 << 14
 WHOLE = 1 << 18  # weights up to this size are looked at whole
 BLOCK = 32
+WIDEST_CODE = 16  # bits; wider integers are positions and the like
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def storage_of(walk: Walk, weight: Node, n: int, k: int, *, kn: bool = False) ->
     found = number(element) if isinstance(element, Bits) else element
     if not isinstance(found, Number):
         return None
-    codes = [t for t in found.terms if any(isinstance(a, Bits) for a in t.atoms)]
-    if not codes:
+    codes = [a for t in found.terms for a in t.atoms if isinstance(a, Bits)]
+    if not codes or any(int(c.width.max()) > WIDEST_CODE for c in codes):
         return None
     return _stored(found, rows, columns, k)
 
