@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import ahead_of_time
 import pytest
 import torch
 from torch._inductor.decomposition import select_decomp_table
@@ -265,13 +262,7 @@ TARGETS = [("cuda", 90, 32), ("hip", "gfx942", 64)]
 
 
 def test_every_target_compiles_it() -> None:
-    code = "import test_decode_attention as t; t.compile_all('static cache, five queries')"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}, check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    ahead_of_time.compile_all("test_decode_attention", "static cache, five queries")
 
 
 def compile_all(case: str) -> None:

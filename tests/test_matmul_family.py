@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import ahead_of_time
 import pytest
 import sympy
 import torch
@@ -349,15 +345,7 @@ def compile_all(target: str) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_chosen_plan_compiles(target: str) -> None:
-    here = Path(__file__)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(here.parent.parent), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    )
-    script = f"import json, test_matmul_family as t; print(json.dumps(t.compile_all({target!r})))"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = ahead_of_time.compile_all("test_matmul_family", target)
     assert len(found) >= 24
     for kernel in found:
         assert kernel["shared"] <= TABLE[TARGETS[target]].shared_memory, kernel

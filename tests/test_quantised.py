@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import ahead_of_time
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,15 +226,7 @@ def compile_all() -> list[tuple[str, int]]:
 
 
 def test_kernels_compile_without_spilling():
-    here = Path(__file__)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(here.parent.parent), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    )
-    script = "import json, test_quantised as t; print(json.dumps(t.compile_all()))"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = ahead_of_time.compile_all("test_quantised")
     assert len(found) == 4 and not [kernel for kernel in found if kernel[1]]
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import ahead_of_time
 import pytest
 import torch
 from test_decode_attention import H200, assert_as_good_as_eager, compiled, found, static_cache
@@ -193,13 +190,7 @@ def test_the_whole_line_takes_the_codes() -> None:
 
 
 def test_every_target_compiles_it() -> None:
-    code = "import test_quantised_attention as t; t.compile_all()"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}, check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    ahead_of_time.compile_all("test_quantised_attention")
 
 
 def compile_all() -> None:

@@ -4,13 +4,10 @@ interpreter through the whole line, compiled, judged."""
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import ahead_of_time
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,13 +144,7 @@ def test_inductor_writes_the_caches_in_place(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_target_compiles_it() -> None:
-    code = "import test_rope_cache as t; t.compile_all()"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}, check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    ahead_of_time.compile_all("test_rope_cache")
 
 
 def compile_all() -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import ahead_of_time
 import pytest
 import torch
 import torch.nn.functional as F
@@ -316,14 +312,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(target: str) -> None:
-    here = Path(__file__)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(here.parent.parent), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    script = f"import json, test_row_reduction as t; print(json.dumps(t.compile_all({target!r})))"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = ahead_of_time.compile_all("test_row_reduction", target)
     assert len(found) == 5
     for kernel in found:
         assert kernel["shared"] <= TABLE[TARGETS[target]].shared_memory and kernel["spills"] == 0, kernel

@@ -76,8 +76,8 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
         return f"decode kernels are generated for bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
-    if imprecise(op.dtype):
-        return imprecise(op.dtype)
+    if reason := imprecise(op.dtype):
+        return reason
     if not all(isinstance(amount(n), int) for n in (op.heads, op.kv_heads, op.q_len)):
         return "the numbers of heads and queries are symbolic: mark only batch and keys as dynamic"
     if query_rows(op) > MOST_ROWS:

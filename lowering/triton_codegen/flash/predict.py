@@ -106,8 +106,8 @@ def _refusal(op: Attention, machine: Machine) -> str:
         return f"the generated kernel takes bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
-    if imprecise(op.dtype):
-        return imprecise(op.dtype)
+    if reason := imprecise(op.dtype):
+        return reason
     if max(op.head_dim, op.v_dim) > WIDEST_HEAD:
         return f"head dimension {max(op.head_dim, op.v_dim)} exceeds {WIDEST_HEAD}"
     q_len = amount(op.q_len)
