@@ -42,7 +42,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def relative(s: Tensor, position: Tensor | int) -> tuple[Tensor, Tensor]:
     """Positions of queries and keys."""
-    return position + torch.arange(s.shape[-2])[:, None], torch.arange(s.shape[-1])[None, :]
+    i, j = (torch.arange(n, device=s.device) for n in s.shape[-2:])
+    return position + i[:, None], j[None, :]
 
 
 def static_cache(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:

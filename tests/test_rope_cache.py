@@ -29,7 +29,7 @@ def llama(
     q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
     cos, sin = (torch.cat((f(angles), f(angles)), -1)[None, None].to(q.dtype) for f in (torch.cos, torch.sin))
     q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
-    at = torch.arange(L) + position
+    at = torch.arange(L, device=q.device) + position
     return q, keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
 
 
@@ -61,7 +61,7 @@ def interleaved(
         return torch.stack((a * c - b * s, b * c + a * s), -1).flatten(3).type_as(x)
 
     q, k, v = (t.transpose(1, 2) for t in (turn(q), turn(k), v))
-    at = position[0] + torch.tensor([4, 0, -1])
+    at = position[0] + torch.tensor([4, 0, -1], device=q.device)
     keys[:, :, at] = k
     values[:, :, at] = v
     return q, keys.clone(), values.clone()

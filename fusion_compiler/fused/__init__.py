@@ -1,0 +1,38 @@
+"""The closed vocabulary of fused operations: what a pattern asks for, never how it is done.
+
+A fused op says everything a lowering needs to make a kernel and to count its traffic, and nothing of
+FX nodes: those travel beside it as a `Site`. Sizes may be `int` or `torch.SymInt`.
+"""
+
+from __future__ import annotations
+
+from .attention import Attention, Codes, Layout, Mask, Modification, QuantisedAttention
+from .declared import Declared
+from .matmul import Extra, MatmulFamily, MatmulGroup, Packed, PerGroup, RowNorm
+from .rope_cache import RopeCache
+from .rows import RowReduction
+from .site import Site
+from .size import Size
+
+FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | QuantisedAttention | RopeCache | Declared
+
+__all__ = [
+    "Attention",
+    "Codes",
+    "Declared",
+    "Extra",
+    "FusedOp",
+    "Layout",
+    "Mask",
+    "MatmulFamily",
+    "MatmulGroup",
+    "Modification",
+    "Packed",
+    "PerGroup",
+    "QuantisedAttention",
+    "RopeCache",
+    "RowNorm",
+    "RowReduction",
+    "Site",
+    "Size",
+]

@@ -1,0 +1,137 @@
+"""Attention over keys and values as they are, or stored as codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+
+from .size import Size
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is known about which keys a query may see, beyond the bounds of the tensors.
+
+    none:    every key.
+    causal:  query i sees keys j <= i + offset (+ position). Offset 0 without position is
+             top-left causal, torch's `is_causal`.
+    length:  every query sees keys j <= offset (+ position): static-cache decode.
+    tensor:  what the mask tensor says.
+
+    `position` tells that a device-side integer scalar is added to the offset: the site's operand of that name. Unless
+    the kind is none or causal without a position, the mask is also there as a tensor operand that says the same, where
+    the graph has one.
+    """
+
+    kind: Literal["none", "causal", "length", "tensor"]
+    offset: Size | sympy.Expr = 0
+    window: int | None = None  # sliding window: also j > i + offset (+ position) − window
+    position: bool = False
+    chunk: int | None = None  # chunked: also j // chunk == (i + offset (+ position)) // chunk
+    padding: int | None = None  # by length: also j < lengths[b] + padding, the site's operand `lengths`, [B] or [1]
+    tensor: Literal["none", "additive", "visible", "hidden"] = "none"  # mask operand: added, or True = visible, hidden
+    # rows that see no key: proved that there is none, or what the graph gives for them (NaN also where unknown)
+    empty_rows: Literal["none", "mean", "nan", "zero"] = "nan"
+    proof: str = ""  # a sentence: how the mask was recognised
+
+    @property
+    def is_top_left(self) -> bool:
+        """Whether it is torch's `is_causal` and nothing else."""
+        shifted = self.position or not isinstance(self.offset, int) or self.offset != 0
+        limited = (self.window, self.chunk, self.padding) != (None, None, None)
+        return self.kind == "causal" and not shifted and not limited
+
+
+@dataclass(frozen=True)
+class Modification:
+    """How scores are modified where no `Mask` says it all, as functions of batch, head, query and key.
+
+    The numbers `added` come to a score, after its cap. A key is seen where both `mask` (of kind none, causal or length)
+    and `visible` say so. Expressions are sympy's or `attention.index_functions.Choice`, over the symbols batch, head,
+    query and key and over functions named in `reads`, which are elements of operands of the site; `reads` also names
+    those of the mask, "position" and "lengths".
+    """
+
+    mask: Mask
+    added: tuple[Any, ...]
+    visible: Any
+    finite: bool  # rows that see no key average all values; otherwise `empty_rows` tells what they give
+    unknown: bool  # what is added is read, and may hide a key
+    empty_rows: Literal["none", "nan", "zero"]
+    reads: tuple[str, ...]
+    sink: Any = None  # one more score of each row, of batch and head alone, which no value is weighted with
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an operand becomes the tensor that its fused op documents, without a copy where strides allow.
+
+    reshape to `split`, permute by `order`, reshape to `merged`, expand to `shape`, cast to `dtype`; each step is
+    left out where it changes nothing.
+    """
+
+    split: tuple[Size, ...]
+    order: tuple[int, ...]
+    merged: tuple[Size, ...]
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(score(q·kᵀ)·…)·v over heads, in layout BHSD.
+
+    q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; query head h reads key head h // (H / Hkv).
+    score = scale · q·k, then softcap·tanh(score / softcap) where softcap is set, then the mask.
+    Operands of a site, in this order: q, k, v, [mask tensor where mask.tensor is not "none"], [position scalar where
+    mask.position], [lengths where mask.padding is set], [those that `modification` reads], [scale where scale_operand].
+    `layouts` brings q, k, v and the mask tensor into the shapes above (the mask into one that broadcasts to
+    [B, H, Lq, Lk]); `out` brings the result [B, H, Lq, Dv] into the shape of the site's output.
+    """
+
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    q_len: Size
+    kv_len: Size
+    head_dim: int
+    v_dim: int
+    scale: float
+    mask: Mask
+    dtype: torch.dtype
+    layouts: tuple[Layout, ...]
+    out: Layout
+    softcap: float | None = None
+    scale_operand: bool = False  # q·k is also multiplied with the site's last operand, a tensor of one element
+    scale_divides: bool = False  # it is divided by it instead
+    modification: Modification | None = None  # says the same as a mask of kind "tensor", and of what it is made
+    vendor: str = ""  # the attention kernel that the graph already calls, if it does
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How keys or values are stored: each is (code − shift − zero) · scale.
+
+    A code is an integer or float of 8 bits, or one of two in a byte: the low ones are the even elements of a row
+    where `packed` is "pairs", its first half where it is "halves". A row has one scale and one zero.
+    """
+
+    dtype: torch.dtype
+    packed: Literal["", "pairs", "halves"] = ""
+    shift: float = 0.0
+    has_zero: bool = False
+
+
+@dataclass(frozen=True)
+class QuantisedAttention:
+    """An attention whose keys or values are stored as codes: `attention` says what it computes of what they stand for.
+
+    Operands of a site: those of the attention with the codes as k and v, then scale and [zero] of k, then those of v.
+    """
+
+    attention: Attention
+    k: Codes | None
+    v: Codes | None

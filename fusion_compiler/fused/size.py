@@ -1,0 +1,7 @@
+"""The type of a size."""
+
+from __future__ import annotations
+
+import torch
+
+Size = int | torch.SymInt
