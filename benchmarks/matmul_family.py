@@ -1,14 +1,16 @@
-"""RMSNorm and gated MLP, bf16, from one row to thousands: every plan beside what the judge chooses.
+"""RMSNorm and gated MLP from one row to thousands: every plan beside what the judge chooses.
 
 python -m benchmarks.matmul_family --shapes 8B --m 1,16,64 --json part.json    a part of the sweep
-python -m benchmarks.matmul_family --merge part.json more.json --json all.json --plot all.png
+python -m benchmarks.matmul_family --merge part.json more.json --json all.json --plot all.svg
 
-Shapes (K, N) are those of Llama 1B and 8B, and of a shard of 70B on eight devices. Columns in µs: eager, Inductor,
-max-autotune where asked for, ours (whatever the judge chose), the best of the generated kernels, the floor (bytes and
-flops at the machine's reached rates) and the prediction for ours. A kernel that takes its input normalised is timed
-with the norm as Inductor computes it. Regret is the time of ours over the best of all columns.
+Shapes (K, N) are those of Llama 1B and 8B, and of a shard of 70B on eight devices; float32 is with TF32. Columns in
+µs: eager, Inductor, max-autotune where asked for, ours (whatever the judge chose), the best of the generated kernels,
+the floor (bytes and flops at the machine's reached rates) and the prediction for ours. A kernel that takes its input
+normalised is timed with the norm as Inductor computes it. Regret is the time of ours over the best of all columns.
 
-Points are compiled by several processes at the same time; then they measure one after the other.
+Points are compiled by several processes at the same time; then they measure one after the other. All columns of a row
+are of one process. max-autotune is compiled twice: with the others, to have its kernels, and in its turn, to choose
+among them alone on the device.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import Tensor
 
 import fusion_compiler
+from fusion_compiler.cost.efficiency import dtype_name
 from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm
 from fusion_compiler.lowering.triton_codegen import matmul
@@ -52,15 +57,17 @@ ROUNDS = 15
 class Point:
     shape: str
     m: int
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
-        return f"{self.shape} M={self.m}"
+        dtype = "" if self.dtype == torch.bfloat16 else f" {dtype_name(self.dtype)}"
+        return f"{self.shape} M={self.m}{dtype}"
 
     def op(self, norm: bool) -> MatmulFamily:
         k, n = SHAPES[self.shape]
         folded = RowNorm("rms", EPS, has_weight=True) if norm else None
-        return MatmulFamily(self.m, k, n, 2, folded, SWIGLU, (), torch.bfloat16, torch.bfloat16)
+        return MatmulFamily(self.m, k, n, 2, folded, SWIGLU, (), self.dtype, self.dtype)
 
 
 @dataclass
@@ -76,6 +83,13 @@ class Kernel:
     failure: str = ""
 
 
+def floor_seconds(moved: float, flops: float, dtype: torch.dtype) -> float:
+    """As everywhere; the matrix units multiply float32 as TF32, at half the rate of 16 bits."""
+    if dtype == torch.float32:
+        dtype, flops = torch.bfloat16, 2 * flops
+    return harness.floor_seconds(moved, flops, dtype)
+
+
 def norm_only(x: Tensor, weight: Tensor) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
@@ -85,6 +99,9 @@ def norm_only(x: Tensor, weight: Tensor) -> Tensor:
 def work(points: Sequence[Point], args: argparse.Namespace, pipe: Connection) -> None:
     """Prepares its points, waits for its turn, measures one after the other and sends the figures (or what failed)."""
     turns: dict[Point, Callable[[], dict[str, Any]]] = {}
+    # every point adds a specialisation of the same function, none of which may fall back to eager
+    torch._dynamo.config.recompile_limit = 8 * len(points)
+    torch.set_float32_matmul_precision("high")
     with torch.no_grad():
         for point in points:
             if time.time() > args.began + args.seconds:
@@ -106,7 +123,7 @@ def work(points: Sequence[Point], args: argparse.Namespace, pipe: Connection) ->
 
 def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     k, n = SHAPES[point.shape]
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    device, dtype = torch.device("cuda"), point.dtype
     torch.manual_seed(0)
 
     def make() -> tuple[Tensor, ...]:
@@ -117,12 +134,13 @@ def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, An
     inputs = harness.rotated(make, device)
     traffic = matmul_traffic(point.op(norm=True))
     moved = float(traffic.bytes_read + traffic.bytes_written)
-    row = harness.Row(point.name, floor=harness.floor_seconds(moved, float(traffic.flops), dtype))
-    reference = gated_mlp(*(t.float() for t in inputs[0]))
+    row = harness.Row(point.name, floor=floor_seconds(moved, float(traffic.flops), dtype))
+    reference = gated_mlp(*(t.double() for t in inputs[0]))
     columns = {"eager": gated_mlp, "inductor": harness.compiled(gated_mlp, "inductor")}
     columns["ours"] = harness.compiled(gated_mlp, "fusion_compiler")
-    if args.max_autotune and point.m in map(int, args.tuned.split(",")):
-        columns["max-autotune"] = harness.compiled(gated_mlp, "inductor", mode="max-autotune-no-cudagraphs")
+    tuned = args.max_autotune and point.m in map(int, args.tuned.split(","))
+    if tuned:
+        tune(gated_mlp, inputs[0])
     for name, fn in columns.items():
         row.error[name] = harness.relative_error(fn(*inputs[0]), reference)
     report = fusion_compiler.last_report()
@@ -134,6 +152,9 @@ def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, An
     kernels = [prepared(point.op(norm), plan, before, inputs, reference) for norm, plan in planned]
 
     def turn() -> dict[str, Any]:
+        if tuned:
+            columns["max-autotune"] = tune(tuned_alone, inputs[0])
+            row.error["max-autotune"] = harness.relative_error(columns["max-autotune"](*inputs[0]), reference)
         timers = {name: harness.graph_timer(fn, inputs) for name, fn in columns.items()}
         for kernel, call in kernels:
             if call is not None:
@@ -145,9 +166,23 @@ def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, An
             kernel.seconds = times.get(kernel.plan, 0.0)
         speedups = {name: harness.ratio(samples, name, "ours") for name in columns if name != "ours"}
         row.speedup = {name: value for name, value in speedups.items() if value is not None}
-        return {**asdict(row), "shape": point.shape, "m": point.m, "kernels": [asdict(kernel) for kernel, _ in kernels]}
+        place = {"shape": point.shape, "m": point.m, "dtype": dtype_name(point.dtype)}
+        return {**asdict(row), **place, "kernels": [asdict(kernel) for kernel, _ in kernels]}
 
     return turn
+
+
+def tune(fn: harness.Call, inputs: tuple[Any, ...]) -> harness.Call:
+    """`fn` under max-autotune, with the choices made now: none comes from a run before."""
+    run = harness.compiled(fn, "inductor", mode="max-autotune-no-cudagraphs")
+    with torch._inductor.config.patch(fx_graph_cache=False, autotune_local_cache=False):
+        run(*inputs)
+    return run
+
+
+def tuned_alone(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """A function of its own, because Dynamo would find the one compiled before."""
+    return gated_mlp(x, norm, gate, up)
 
 
 def contenders(point: Point, most: int) -> list[tuple[bool, Plan]]:
@@ -273,6 +308,7 @@ def main() -> None:
     parser = harness.arguments(__doc__, rounds=ROUNDS)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of which models (default %(default)s)")
     parser.add_argument("--m", default=",".join(map(str, ROWS)), help="values of M (default %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--tuned", default="2,16,64,256,1024", help="M with --max-autotune (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin to compile no point after so long")
@@ -280,13 +316,16 @@ def main() -> None:
     parser.add_argument("--merge", nargs="+", type=Path, help="read figures measured before instead of measuring")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the times over the floor")
     args = parser.parse_args()
-    points = {p.name: p for p in (Point(s, int(m)) for m in args.m.split(",") for s in args.shapes.split(","))}
+    dtype = getattr(torch, args.dtype)
+    points = {p.name: p for p in (Point(s, int(m), dtype) for m in args.m.split(",") for s in args.shapes.split(","))}
     if args.merge:
         parts = [json.loads(path.read_text()) for path in args.merge]
-        known = {row["name"]: row for part in parts for row in part["rows"]}
-        rows = [known[name] for name in points if name in known]
-        if args.json:  # measured where and when the first part says
-            args.json.write_text(json.dumps({**parts[0], "rows": rows}, indent=1) + "\n")
+        known = {row["name"]: {**row, "part": i} for i, part in enumerate(parts) for row in part["rows"]}
+        order = list(SHAPES)
+        rows = sorted(known.values(), key=lambda row: (row["dtype"], order.index(row["shape"]), row["m"]))
+        if args.json:
+            measured = [{key: part[key] for key in part if key != "rows"} for part in parts]
+            args.json.write_text(json.dumps({"parts": measured, "rows": rows}, indent=1) + "\n")
     elif torch.cuda.is_available():
         rows = sweep([points[name] for name in harness.chosen(list(points), args.only)], args)
     else:

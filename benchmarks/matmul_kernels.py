@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from fusion_compiler.algebra import Algebra
 from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm
-from fusion_compiler.lowering.triton_codegen import predict
+from fusion_compiler.lowering.triton_codegen import matmul, predict
 from fusion_compiler.lowering.triton_codegen.aot import compile_kernel, constexprs, resources
 from fusion_compiler.lowering.triton_codegen.plans import Plan
 from fusion_compiler.lowering.triton_codegen.source import facts, write
@@ -77,7 +77,7 @@ class Variant:
     plan: Plan
 
     def source(self) -> KernelSource:
-        return write(self.op, self.plan, facts(self.op, self.plan))
+        return write(self.op, self.plan, facts(self.op, self.plan, matmul.float32_precision()))
 
     def predicted(self) -> float:
         """Microseconds, as the cost model has them."""

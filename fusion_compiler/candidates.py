@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .splice import Builder
 
 Amount: TypeAlias = int | float | sympy.Expr
+MARGIN = 0.10  # by how much predictions may be wrong whose error nobody measured
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Candidate:
     `emit(builder, site)` adds the nodes to the graph and returns the one that replaces `site.output`, or one for each
     of `site.outputs`.
     `details` goes to the report: tile sizes, split-K, backend, registers …
+    `error` is by how much the prediction may flatter it beside Inductor's: a relative gain of less is not taken.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Candidate:
     emit: Callable[[Builder, Site], Node | tuple[Node, ...]]
     valid: sympy.Basic | bool = True
     details: tuple[tuple[str, Any], ...] = ()
+    error: float = MARGIN
 
 
 @dataclass(frozen=True)

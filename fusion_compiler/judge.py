@@ -1,6 +1,6 @@
 """Whether a fusion pays: the cheapest of what the lowerings offer and of leaving the nodes to Inductor.
 
-A prediction is trusted only beyond ±`MARGIN`: a candidate must be predicted to need less than (1 − MARGIN) of the time
+A prediction is trusted only beyond its error: a candidate must be predicted to need less than (1 − error) of the time
 that Inductor needs for the nodes it replaces. With a symbolic size the verdict is a list of ranges.
 """
 
@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .candidates import Amount, Candidate, Lowering, Traffic, Unavailable
+from .candidates import MARGIN, Amount, Candidate, Lowering, Traffic, Unavailable
 from .cost.amounts import at, is_symbolic
 from .cost.amounts import fixed as fixed_at
 from .cost.baseline import Plan, inductor_plan
@@ -24,7 +24,7 @@ from .cost.roofline import matmul_facts
 from .fused import FusedOp, MatmulFamily, Site
 from .machine import Machine
 from .match import Match
-from .reasons import MARGIN, fused_reason, kept_reason
+from .reasons import fused_reason, kept_reason
 from .report import Decision, Option, Range, Verdict, Work, where
 from .torch_private.symbols import range_of, traced_values
 
@@ -148,8 +148,9 @@ class _Way:
         return self.candidate.seconds + self.rest.seconds + self.severed
 
     def priced(self) -> Amount:
-        """The time at which the candidate counts: a prediction must win by the margin, a measurement need not."""
-        return self.candidate.seconds / (1 if self.measured else 1 - MARGIN) + self.rest.seconds + self.severed
+        """The time at which the candidate counts: a prediction must win by its error, a measurement need not."""
+        error = 0.0 if self.measured else self.candidate.error
+        return self.candidate.seconds / (1 - error) + self.rest.seconds + self.severed
 
     @property
     def traffic(self) -> Traffic:
@@ -323,8 +324,9 @@ class _Context:
         measured = (best is not None and best.measured, self.measured)
         severed = best is not None and at(best.severed, sizes) > 0
         return kept_reason(
-            self.match.op, self.machine, self.before, before, closest, unavailable, invalid, measured, severed=severed
-        )
+            self.match.op, self.machine, self.before, before, closest, unavailable, invalid, measured,
+            error=best.candidate.error if best else MARGIN, severed=severed,
+        )  # fmt: skip
 
     def _options(self, before: Work) -> tuple[Option, ...]:
         known = (("measured", True),) if self.measured else ()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .candidates import Candidate
+from .candidates import MARGIN, Candidate
 from .cost.baseline import Plan
 from .fused import Attention, FusedOp, MatmulFamily, RowReduction
 from .machine import Machine
 from .report import Work
 from .report_text import duration, size
 
-MARGIN = 0.10  # a prediction of a smaller gain is not trusted
 SEVERED = (
     "Inductor's kernel of the last of these operations does what follows too, which would be left a kernel of its own"
 )
@@ -42,11 +41,12 @@ def kept_reason(
     invalid: Sequence[Candidate],
     measured: tuple[bool, bool] = (False, False),
     *,
+    error: float = MARGIN,
     severed: bool = False,
 ) -> str:
     """`closest` is the cheapest candidate that may be used here, with what it leaves to Inductor. `measured` tells
-    whether its time and Inductor's are measured rather than predicted; `severed`, whether it ends where Inductor's
-    kernel goes on."""
+    whether its time and Inductor's are measured rather than predicted, `error` by how much its prediction may be off;
+    `severed`, whether it ends where Inductor's kernel goes on."""
     cause = _cause(op, machine, plan, before) or (SEVERED if severed else "")
     if closest is None:
         if invalid:
@@ -60,7 +60,7 @@ def kept_reason(
     figures = f"{name} is {how} at {duration(after.seconds)}, Inductor{rival} at {duration(before.seconds)}"
     if all(measured):
         return figures
-    if change < -100 * MARGIN:
+    if change < -100 * error:
         figures += "; it is given up so that few ranges of sizes need a compilation of their own"
     elif change < 0:
         figures += f"; a gain of {-change:.0f} % is within the error of prediction ({MEASURE} would measure it)"

@@ -14,11 +14,11 @@ from torch.fx import Node
 
 import fusion_compiler as fc
 from fusion_compiler.algebra import Algebra
-from fusion_compiler.candidates import Amount, Candidate, Traffic, Unavailable
+from fusion_compiler.candidates import MARGIN, Amount, Candidate, Traffic, Unavailable
 from fusion_compiler.cost.amounts import amount
 from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm, Site
-from fusion_compiler.judge import MARGIN, Judgement, Offer, judge, offer
+from fusion_compiler.judge import Judgement, Offer, judge, offer
 from fusion_compiler.machine import Machine, machine
 from fusion_compiler.match import Match
 from fusion_compiler.report import Decision, Work
@@ -136,6 +136,12 @@ def test_a_prediction_is_trusted_only_beyond_the_margin(share: float, verdict: s
     decision = judged(mlp(), candidate(share * INDUCTOR)).decision
     assert decision.verdict == verdict
     assert ("within the error of prediction" in decision.reason) == (verdict == "kept")
+
+
+def test_the_margin_is_the_error_of_the_candidates_own_prediction() -> None:
+    well_known = dataclasses.replace(candidate(0.95 * INDUCTOR), error=0.04)
+    assert judged(mlp(), well_known).decision.verdict == "fused"
+    assert judged(mlp(), dataclasses.replace(well_known, error=0.06)).decision.verdict == "kept"
 
 
 def test_a_measurement_needs_no_margin() -> None:

@@ -7,6 +7,7 @@ narrower than 1/16 of its position, beyond 64, may go unseen; that costs time th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ def cheapest(
 ) -> list[Span]:
     """Spans of sizes and the cheapest way for each; on a tie the first given.
 
-    `valid[i]` says where way i may be used at all. With `at_most`, spans are given to a neighbour's way until so few
-    are left, the least loss first.
+    `valid[i]` says where way i may be used at all. With `at_most`, there are at most so many spans, those that lose the
+    least against the best; a way may serve for being second best over a long span.
     """
     if lo > hi:
         raise ValueError(f"no size between {lo} and {hi}")
@@ -67,9 +68,7 @@ def cheapest(
             start = edge + 1
             current = winner(start)
     spans.append(Span(start, hi, current))
-    while at_most is not None and len(spans) > at_most:
-        spans = _merged(spans, cost)
-    return spans
+    return spans if at_most is None or len(spans) <= at_most else _fewest(points, cost, at_most)
 
 
 def _costs(
@@ -106,25 +105,28 @@ def _edge(winner: Callable[[int], int], left: int, right: int, current: int) -> 
     return left
 
 
-def _merged(spans: list[Span], cost: Sequence[Callable[[int], float]]) -> list[Span]:
-    """`spans` with the one given to a neighbour's way whose loss, relative to its cost, is least."""
+def _fewest(points: Sequence[int], cost: Sequence[Callable[[int], float]], at_most: int) -> list[Span]:
+    """At most so many spans over the points, with the least loss: by how much their ways are dearer than the best. A
+    point counts by its distance to the next in orders of magnitude.
 
-    def loss(span: Span, way: int) -> float:
-        sizes = {span.lo, (span.lo + span.hi) // 2, span.hi}
-        return max(cost[way](size) / cost[span.winner](size) for size in sizes)
-
-    options = [
-        (loss(spans[i], spans[j].winner), i, spans[j].winner)
-        for i in range(len(spans))
-        for j in (i - 1, i + 1)
-        if 0 <= j < len(spans)
-    ]
-    _, given, way = min(options)
-    joined: list[Span] = []
-    for i, span in enumerate(spans):
-        taker = way if i == given else span.winner
-        if joined and joined[-1].winner == taker:
-            joined[-1] = Span(joined[-1].lo, span.hi, taker)
-        else:
-            joined.append(Span(span.lo, span.hi, taker))
-    return joined
+    Dynamic programming: for each number of spans and way of the last, the least loss so far and where ways begin.
+    """
+    ways = range(len(cost))
+    never: tuple[float, tuple[tuple[int, int], ...]] = (math.inf, ())
+    states = [[(0.0, ((0, way),)) if n == 0 else never for way in ways] for n in range(at_most)]
+    for i, (point, following) in enumerate(itertools.pairwise([*points, 2 * points[-1]])):
+        values = [f(point) for f in cost]
+        losses = [math.log(following / point) * (value / min(values) - 1) for value in values]
+        for n in reversed(range(at_most)):
+            loss, begun = min(states[n - 1]) if n else never
+            changed = [(loss, (*begun, (i, way))) for way in ways]
+            better = [min(pair) for pair in zip(states[n], changed, strict=True)]
+            states[n] = [(loss + own, begun) for (loss, begun), own in zip(better, losses, strict=True)]
+    _, begun = min(min(state) for state in states)
+    spans, start = list[Span](), points[0]
+    for (_, way), (i, other) in itertools.pairwise(begun):
+        # exactly where the two change places, between two points
+        end = _edge(lambda size: 0 if cost[way](size) <= cost[other](size) else 1, points[i - 1], points[i], 0)  # noqa: B023
+        spans.append(Span(start, end, way))
+        start = end + 1
+    return [*spans, Span(start, points[-1], begun[-1][1])]
