@@ -339,7 +339,7 @@ def clean_slate(device: torch.device) -> None:
 # ---- command line and output -----------------------------------------------------------------------------
 def arguments(description: str | None, rounds: int = 30) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", help="rows whose name contains TEXT")
+    parser.add_argument("--only", metavar="TEXT,…", help="rows whose name contains a TEXT")
     parser.add_argument("--json", metavar="PATH", type=Path, help="write the figures there")
     parser.add_argument("--rounds", type=int, default=rounds, help="samples per column (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="very small sizes, to try the command itself")
@@ -349,7 +349,7 @@ def arguments(description: str | None, rounds: int = 30) -> argparse.ArgumentPar
 
 
 def chosen(names: Sequence[str], only: str | None) -> Iterator[str]:
-    picked = [n for n in names if only is None or only in n]
+    picked = [n for n in names if only is None or any(part in n for part in only.split(","))]
     if not picked:
         raise SystemExit(f"--only {only!r} is in no row's name; rows: {', '.join(names)}")
     for name in picked:

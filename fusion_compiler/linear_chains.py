@@ -47,7 +47,7 @@ def chains(view: SemanticView, linear: Value) -> list[Chain]:
             if user not in seen:
                 seen.add(user)
                 heapq.heappush(waiting, user)
-        for source in node.all_input_nodes:
+        for source in _sources(node):
             if source in open_nodes and all(user in inside for user in _readers(source)):
                 open_nodes.discard(source)
         if len(open_nodes) == 1 and _may_end(view, node):
@@ -78,8 +78,18 @@ def _chain(view: SemanticView, linear: Value, root: Node, inside: dict[Node, Non
 
 def _readers(node: Node) -> list[Node]:
     """Those that read what is in `node`: functionalising leaves views that nobody reads, and sizes are known anyhow."""
-    alive = (user for user in node.users if user.users or user.op == "output" or user.is_impure())
+    alive = [user for user in node.users if user.users or user.op == "output" or user.is_impure()]
+    alive = [reader for user in alive for reader in (user.users if _is_split(user) else [user])]
     return [user for user in alive if user.target is not torch.ops.aten.sym_size.int]
+
+
+def _sources(node: Node) -> list[Node]:
+    """Those that `node` reads; a part of what was split reads what was split."""
+    return [s for source in node.all_input_nodes for s in (source.all_input_nodes if _is_split(source) else [source])]
+
+
+def _is_split(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple)) and is_view(node)
 
 
 def _may_end(view: SemanticView, node: Node) -> bool:
@@ -93,9 +103,9 @@ def _joins(view: SemanticView, node: Node, linear: Value, inside: dict[Node, Non
     """
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
         return False
-    value, read = view.value(node), [source for source in node.all_input_nodes if source in inside]
+    value, read = view.value(node), [source for source in _sources(node) if source in inside]
     if count(shape_of(node)) != count(shape_of(read[0])):
-        return False  # part of the features, or repeated
+        return _is_part(view, value, linear)  # else repeated
     if any(view.value(known) is value for known in inside):
         return True
     turned = any(view.value(source).op not in (*POINTWISE, "linear") for source in read)
@@ -103,6 +113,12 @@ def _joins(view: SemanticView, node: Node, linear: Value, inside: dict[Node, Non
         return is_view(node) and not turned
     others = [view.value(source) for source in node.all_input_nodes if source not in inside]
     return not any(v.op == "linear" and v.args[0] is linear.args[0] for other in others for v in _near(other))
+
+
+def _is_part(view: SemanticView, value: Value, linear: Value) -> bool:
+    """Whether a value is part of the features of `linear`, such as the gate out of a packed gate|up, with its bias."""
+    whole = view.products(linear)[0].node
+    return any(p.node is whole for v in (value, *value.args) if v.op == "linear" for p in view.products(v))
 
 
 def _near(value: Value) -> Iterator[Value]:

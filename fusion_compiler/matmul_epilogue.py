@@ -75,7 +75,7 @@ class Epilogue:
         return self.algebra.make(inner.op, *(self.algebra.bcast(a, groups) for a in inner.args), **dict(inner.attrs))
 
     def _extra(self, value: Value) -> Value:
-        kind, inner, wanted, first = "full", value, count(self.shape), 0
+        kind, inner, wanted, first, step = "full", value, count(self.shape), 0, 1
         if value.op == "bcast":
             groups = value.attr("groups")
             kind = _KINDS.get(tuple(kept for _, kept in groups), "")
@@ -86,9 +86,10 @@ class Epilogue:
         if inner.op == "slice" and wanted == self.shape[1] and len(inner.attr("shape")) == 1:
             if not self.view.nodes(inner):
                 # part of a packed bias, which is a value and no node; in one row it is not repeated
-                kind, first, [wanted], inner = "col", inner.attr("start"), inner.attr("shape"), inner.args[0]
+                kind, first, step = "col", inner.attr("start"), inner.attr("step", 1)
+                [wanted], inner = inner.attr("shape"), inner.args[0]
         node = next((n for n in self.view.nodes(inner) if count(shape_of(n)) == wanted), None)
         if node is None:
             raise Refused(f"an operand of the epilogue ({inner.op}) is not a tensor of its own in the graph")
-        self.extras.append((Extra(kind, node.meta["val"].dtype, first), node))  # type: ignore[arg-type]
+        self.extras.append((Extra(kind, node.meta["val"].dtype, first, step), node))  # type: ignore[arg-type]
         return self.algebra.make("extra", index=len(self.extras) - 1)

@@ -21,7 +21,7 @@ from .norms import NORMS
 from .raising.products import weight_value
 from .row_reduction import row_stride
 from .semantics import SemanticView
-from .shapes import Product, count, extent, shape_of
+from .shapes import Features, Product, count, extent, shape_of
 from .sites import region, site_of
 
 DEQUANTISING = 8  # operations between a weight as it is stored and as it is multiplied
@@ -56,9 +56,8 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
         return f"one of its linears computes in {dtype} and another in {other}; cast the model as a whole"
     *leading, k = x_node.meta["val"].shape
     m = math.prod(leading)
-    first, end = products[0].features
-    n = end - first
-    if any(p.features[1] - p.features[0] != n for p in products):
+    n = products[0].features.count
+    if any(p.features.count != n for p in products):
         return "its linears have different numbers of output features, so their products cannot be combined"
     if count(shape_of(output)) != count((extent(m), n)):
         return "the result is not one value per row and output feature"
@@ -78,6 +77,13 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
         layouts.add(operand[1])
     if len(layouts) > 1:
         return "one weight is stored [out, in] and the other [in, out]; store both the same way"
+    if len({p.features.step for p in products}) > 1:
+        return "it takes neighbouring features of one linear and every second of another; store both the same way"
+    if products[0].features.step > 1 and True in layouts:
+        return (
+            "it takes every second feature of a weight stored [in, out], whose elements a kernel would read with gaps; "
+            "store the weight [out, in], as nn.Linear does"
+        )
     steps = {extent(w.meta["val"].stride()[-2]) for w in weights if shape_of(w)[-2] != 1}
     if len(steps) > 1:
         apart = " and ".join(map(str, sorted(steps, key=str)))
@@ -94,7 +100,8 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
     op = MatmulFamily(
         m=m, k=k, n=n, weights=len(weights), norm=None, epilogue=epilogue, extras=tuple(e for e, _ in extras),
         dtype=dtype, out_dtype=output.meta["val"].dtype, weight_is_kn=layouts.pop(),
-        features=tuple(p.features[0] for p in products) if any(_is_part(p) for p in products) else (),
+        features=tuple(p.features.first for p in products) if any(_is_part(p) for p in products) else (),
+        feature_step=products[0].features.step,
     )  # fmt: skip
     tail = (*weights, *(n for _, n in extras))
     families = []
@@ -135,7 +142,7 @@ def is_piece(view: SemanticView, root: Value) -> bool:
 
 
 def _is_part(product: Product) -> bool:
-    return product.features != (0, extent(product.weight.meta["val"].shape[-1]))
+    return product.features != Features(0, extent(product.weight.meta["val"].shape[-1]))
 
 
 def _reaches_far(matrix: Node) -> bool:

@@ -62,11 +62,24 @@ def broadcast_groups(shape: Sequence[Any], out: Sequence[Any]) -> Groups | None:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Columns of a matrix: `count` of them (which may be symbolic), from `first` on, `step` apart."""
+
+    first: int
+    count: Any
+    step: int = 1
+
+    def part(self, start: int, count: int, step: int = 1) -> Features:
+        """So many of these, from the `start`-th on."""
+        return Features(self.first + start * self.step, count, self.step * step)
+
+
+@dataclass(frozen=True)
 class Product:
     """A node (mm, addmm, or bmm with one weight for all batches) that multiplies `x` [..., K] with `weight`
-    [..., K, N]; a linear made of part of its outputs has fewer `features` (first, end) than the weight has columns."""
+    [..., K, N]; a linear made of part of its outputs has fewer `features` than the weight has columns."""
 
     node: Node
     x: Node
     weight: Node
-    features: tuple[int, int]
+    features: Features

@@ -94,7 +94,7 @@ def _linear(view: SemanticView, linear: Value) -> _Linear | None:
         root = view.value(chain.root)
         output = next((n for n in outputs_of(view, root) if n in chain.inside), None)
         families = matmul_family.build(view, root, output, chain.border) if output is not None else ""
-        if not isinstance(families, str) and not any(_of_rows(families[-1])) and not families[-1].op.features:
+        if not isinstance(families, str) and not families[-1].op.features and not any(_of_rows(families[-1])):
             return _Linear(tuple(families))
     return None
 

@@ -2,8 +2,9 @@
 
 Any chain of pointwise operations behind one linear, such as the activation of an MLP or the residual added to what
 attention and MLP give, is computed on the accumulator before it is written; a norm in front of x is folded in where
-there is one. What others read too, as they do the residual stream, ends the chain and is its result. Saved per call:
-the product [M, N], written and read again, and a kernel.
+there is one. Parts of the linear, such as gate and up side by side or alternating, may meet in the chain. What others
+read too, as they do the residual stream, ends the chain and is its result. Saved per call: the product [M, N], written
+and read again, and a kernel.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ def bent(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return torch.where(h > 0.0, h * h, torch.expm1(h)) - residual
 
 
+def clamped_gate(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    h = F.linear(x, w, bias)
+    gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
+
+
 def read_elsewhere(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     h = F.linear(x, w, bias)
     return F.silu(h), h
@@ -53,6 +60,7 @@ linear_epilogue = RecognisedPattern(
         Example(_tensors, residual_stream),
         Example(_tensors, behind_a_norm),
         Example(_tensors, bent),
+        Example(_tensors, clamped_gate),
         Example(_tensors, read_elsewhere, refused="also read by"),
     ),
 )

@@ -32,12 +32,13 @@ class Extra:
     """A further tensor that the epilogue reads, in the output's index space [M, N].
 
     kind: "full" [M, N], "row" [M] (one value per row), "col" [N] (one per column), "scalar" [].
-    A "col" may be part of a longer tensor, as a packed bias is: N elements from `first` on.
+    A "col" may be part of a longer tensor, as a packed bias is: N elements from `first` on, `step` apart.
     """
 
     kind: Literal["full", "row", "col", "scalar"]
     dtype: torch.dtype
     first: int = 0
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class MatmulFamily:
     `extra(index=j)`; plain linear has `acc(index=0)` itself. A linear's bias is a "col" extra.
 
     A weight may be part of a larger stored one (a packed gate|up): `features` then gives, per weight, the first of the
-    N output features to take from its operand. Empty where every operand is the whole weight.
+    N output features to take from its operand, `feature_step` apart (2 where gate and up alternate; never with
+    `weight_is_kn`). Empty where every operand is the whole weight.
 
     Where `packed` is not empty, each weight is stored as it says, and its operands are the tensors that hold it. With
     `q8_activations` x is rounded to eight bits in blocks of 32 (Q8_1), as ggml does.
@@ -119,6 +121,7 @@ class MatmulFamily:
     out_dtype: torch.dtype
     weight_is_kn: bool = False
     features: tuple[int, ...] = ()
+    feature_step: int = 1
     packed: tuple[Packed, ...] = ()
     q8_activations: bool = False
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..algebra import Value
 from ..norms import normalise_product
-from ..shapes import TRANSPARENT_DTYPES, Product, count, shape_of
+from ..shapes import TRANSPARENT_DTYPES, Features, Product, count, shape_of
 from .registry import rule
 
 if TYPE_CHECKING:
@@ -74,5 +74,5 @@ def _linear(view: SemanticView, node: Node, x: Any, w: Any) -> Value | None:
     if weight.op == "permute" and weight.attr("order") == (1, 0):
         weight, kn = weight.args[0], False
     value = view.algebra.make("linear", view.value(x), weight, kn=kn)
-    view.add_product(value, Product(node, x, w, (0, shape_of(w)[-1])))
+    view.add_product(value, Product(node, x, w, Features(0, shape_of(w)[-1])))
     return value

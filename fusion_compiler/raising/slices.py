@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from ..algebra import Value
-from ..shapes import TRANSPARENT_DTYPES, Product, count, extent, shape_of
+from ..shapes import TRANSPARENT_DTYPES, Features, Product, count, extent, shape_of
 from .arithmetic import innermost
 from .registry import arguments, rule
 
@@ -25,11 +26,13 @@ def _slice(view: SemanticView, node: Node) -> Value | None:
     shape = shape_of(source)
     if shape_of(node) == shape:
         return view.value(source)
-    if not all(isinstance(v, int) for v in (dim, start, end, step, shape[dim])) or step != 1:
+    if not all(isinstance(v, int) for v in (dim, start, end, step, shape[dim])):
         return None
     size = shape[dim]
     start = start % size if start < 0 else start
     end = end % size if end < 0 else min(end, size)
+    if step != 1:
+        return _part_of_linear(view, source, dim % len(shape), range(start, end, step))
     return _part(view, source, dim % len(shape), start, end)
 
 
@@ -56,27 +59,50 @@ def _glu(view: SemanticView, node: Node) -> Value | None:
 
 
 def _part(view: SemanticView, source: Node, dim: int, start: int, end: int) -> Value:
-    """Elements start … end−1 of one axis. Part of a linear's outputs is a linear with part of its weight."""
+    """Elements start … end−1 of one axis."""
     shape = shape_of(source)
     value = view.value(source)
     if (start, end) == (0, shape[dim]):
         return value
-    linear, bias = _linear_and_bias(value)
-    if bias is not None and bias.op != "bcast" and any(size != 1 for size in shape[:-1]):
-        linear = None  # a residual of many rows
-    if linear is not None:
-        first, last = view.products(linear)[0].features
-        inner = count(shape[dim + 1 :])
-        if isinstance(inner, int) and inner * shape[dim] == last - first:  # the axis runs over all of its features
-            start, end = start * inner, end * inner
-            part = _output_features(view, linear, start, end)
-            if bias is None:
-                return part
-            rows = bias.attr("groups", ())[:-1]  # none in a single row
-            source_bias = bias.args[0] if rows else bias
-            held = view.algebra.make("slice", source_bias, dim=0, shape=(last - first,), start=start, end=end)
-            return view.algebra.add(part, view.algebra.bcast(held, (*rows, (end - start, True))))
-    return view.algebra.make("slice", value, dim=dim, shape=shape, start=start, end=end)
+    part = _part_of_linear(view, source, dim, range(start, end))
+    return part or view.algebra.make("slice", value, dim=dim, shape=shape, start=start, end=end)
+
+
+def _part_of_linear(view: SemanticView, source: Node, dim: int, taken: range) -> Value | None:
+    """Part of a linear's outputs is a linear with part of its weight; None where it is no such part."""
+    shape = shape_of(source)
+    linear, bias = _linear_and_bias(view.value(source))
+    if linear is None or (bias is not None and bias.op != "bcast" and any(size != 1 for size in shape[:-1])):
+        return None  # no linear, or a residual of many rows
+    width = view.products(linear)[0].features.count
+    features = _features(shape, dim, taken, width)
+    if features is None:
+        return None
+    part = _output_features(view, linear, features)
+    if bias is None:
+        return part
+    rows = bias.attr("groups", ())[:-1]  # none in a single row
+    held = _columns(view, bias.args[0] if rows else bias, 0, (width,), features)
+    return view.algebra.add(part, view.algebra.bcast(held, (*rows, (features.count, True))))
+
+
+def _features(shape: Sequence[Any], dim: int, taken: range, width: Any) -> Features | None:
+    """Which of `width` features the elements `taken` of an axis are, where these lie at even distances."""
+    inner = count(shape[dim + 1 :])
+    if isinstance(inner, int) and inner * shape[dim] == width:  # the axis runs over all features
+        if taken.step == 1:
+            return Features(taken.start * inner, len(taken) * inner)
+        return Features(taken.start, len(taken), taken.step) if inner == 1 else None
+    if inner == 1 and len(taken) == 1 and dim > 0 and shape[dim - 1] * shape[dim] == width:  # one of each pair
+        return Features(taken.start, shape[dim - 1], shape[dim])
+    return None
+
+
+def _columns(view: SemanticView, value: Value, dim: int, shape: Sequence[Any], features: Features) -> Value:
+    first, step = features.first, features.step
+    apart = {"step": step} if step != 1 else {}
+    end = first + features.count * step
+    return view.algebra.make("slice", value, dim=dim, shape=tuple(shape), start=first, end=end, **apart)
 
 
 def _linear_and_bias(value: Value) -> tuple[Value | None, Value | None]:
@@ -92,19 +118,17 @@ def _linear_and_bias(value: Value) -> tuple[Value | None, Value | None]:
     return None, None
 
 
-def _output_features(view: SemanticView, linear: Value, start: int, end: int) -> Value:
-    """The linear that gives features start … end−1 of `linear`."""
+def _output_features(view: SemanticView, linear: Value, features: Features) -> Value:
+    """The linear that gives some features of `linear`."""
     x, weight = linear.args
     stored = view.products(linear)[0].weight.meta["val"]
     k, n = (extent(s) for s in stored.shape[-2:])
     kn = linear.attr("kn")
     shape, dim = ((k, n), 1) if kn else ((n, k), 0)
-    part = view.algebra.make("slice", weight, dim=dim, shape=shape, start=start, end=end)
-    value = view.algebra.make("linear", x, part, kn=kn)
+    value = view.algebra.make("linear", x, _columns(view, weight, dim, shape, features), kn=kn)
     known = view._products.setdefault(id(value), [])
-    known += [
-        Product(p.node, p.x, p.weight, (p.features[0] + start, p.features[0] + end)) for p in view.products(linear)
-    ]
+    part = features.first, features.count, features.step
+    known += [Product(p.node, p.x, p.weight, p.features.part(*part)) for p in view.products(linear)]
     return value
 
 

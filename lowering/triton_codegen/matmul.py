@@ -205,10 +205,20 @@ def _described(op: Matmuls, builder: Builder, site: Site) -> tuple[list[Node], t
             operands[i] = builder.described(operands[i], (op.whole.k,))
         elif i in weights:
             *_, rows, columns = operands[i].meta["val"].shape
-            operands[i] = builder.described(operands[i], (rows, columns))
+            operands[i] = _apart(op.whole, i - weights[0], builder, builder.reshape(operands[i], (rows, columns)))
+            operands[i] = builder.described(operands[i], operands[i].meta["val"].shape)
         else:
             operands[i] = builder.contiguous(operands[i])
     return operands, ()
+
+
+def _apart(op: MatmulFamily, i: int, builder: Builder, weight: Node) -> Node:
+    """The rows of the i-th weight, as a view where its features lie apart."""
+    if op.feature_step == 1:
+        return weight
+    first, n = op.features[i], int(op.n)
+    end = first + (n - 1) * op.feature_step + 1
+    return builder.call(torch.ops.aten.slice.Tensor, weight, 0, first, end, op.feature_step)
 
 
 def rows_of(builder: Builder, node: Node, columns: int) -> tuple[int, Node]:

@@ -31,7 +31,7 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
         m=m,
         even_n=all(int(part.n) % plan.block_n == 0 for part in op.parts),
         even_k=k % plan.step_k == 0,
-        wide_weight=(n + max(whole.features, default=0)) * k >= INT32_ELEMENTS,
+        wide_weight=(n * whole.feature_step + max(whole.features, default=0)) * k >= INT32_ELEMENTS,
         wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.kind == "tile" and m is None),
         input_precision=input_precision,
     )

@@ -70,7 +70,8 @@ class Tile(Writer):
             self.emit(f"y = ({product}).to(y.dtype)" if norm.offset else "y = y * g[None, :]")
         precision = f', input_precision="{self.known.input_precision}"' if self.op.dtype == torch.float32 else ""
         for i in range(self.op.weights):
-            feature = self.op.features[i] if self.op.features else 0
+            # features that lie apart are the rows of a view, which the descriptor is of
+            feature = self.op.features[i] if self.op.features and self.op.feature_step == 1 else 0
             n = f"first_n + {feature}" if feature else "first_n"
             at, turned = (f"[start, {n}]", "") if self.op.weight_is_kn else (f"[{n}, start]", ".T")
             self.emit(f"acc{i} = tl.dot(y, w{i}.load({at}){turned}, acc{i}{precision})")

@@ -186,7 +186,8 @@ class Writer:
         ]
         for i in range(self.op.weights):
             feature = self.op.features[i] if self.op.features else 0
-            n = f"(n + {feature})" if feature else "n"
+            n = f"n * {self.op.feature_step}" if self.op.feature_step > 1 else "n"
+            n = f"({n} + {feature})" if feature else f"({n})" if n != "n" else n
             offset = f"{n}{wide}{self.outer} * w_stride + k{self.inner}"
             if self.op.weight_is_kn:
                 offset = f"k{wide}{self.inner} * w_stride + {n}{self.outer}"
@@ -227,7 +228,8 @@ class Writer:
                 number = self.numbered(p, j)
                 if extra.kind == "col":
                     first = f"{extra.first} + " if extra.first else ""
-                    self.emit(f"e{number} = tl.load(extra{number} + {first}n{mask}).to(tl.float32){self.axis}")
+                    n = f"n * {extra.step}" if extra.step > 1 else "n"
+                    self.emit(f"e{number} = tl.load(extra{number} + {first}{n}{mask}).to(tl.float32){self.axis}")
                 elif extra.kind == "scalar":
                     self.emit(f"e{number} = tl.load(extra{number}).to(tl.float32)")
 
