@@ -2,6 +2,7 @@
 
 `explain` says what would be fused and why without running anything; `reports` and `last_report` say what was.
 `pattern` declares a fusion, `register_pattern` has every compilation look for it, `register_kernel` brings it a kernel.
+`varlen_attention` is attention of packed sequences, called by name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .attention.direct import varlen_attention
 from .capture import explain
 from .package import aoti_compile_and_package
 from .pattern import Example, Pattern, choice, literal, pattern
@@ -27,6 +29,7 @@ __all__ = [
     "Decision", "Example", "NearMiss", "Pattern", "Report", "aoti_compile_and_package", "choice",
     "disable_patterns", "enable_patterns", "explain", "ggml", "gguf", "last_report", "literal", "pattern",
     "patterns", "register_kernel", "register_pattern", "reports", "unregister_kernel", "unregister_pattern",
+    "varlen_attention",
 ]  # fmt: skip
 
 # In a checkout `patterns/` and `lowering/` stand beside this package, in an installation inside it.

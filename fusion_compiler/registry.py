@@ -63,6 +63,13 @@ def patterns() -> list[PatternInfo]:
     ]
 
 
+def direct_kernel(name: str) -> Callable[..., Any]:
+    """What a function of `attention.direct` runs on a GPU: see `lowering.direct_kernels`."""
+    from .lowering import direct_kernels
+
+    return direct_kernels()[name]
+
+
 class PatternPackage(ModuleType):
     """The package `fusion_compiler.patterns`, which has the name of the function `patterns`: calling it lists them."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fusion_compiler.candidates import Lowering
 
 
@@ -13,3 +16,11 @@ def lowerings() -> tuple[Lowering, ...]:
     from .vendor.sdpa import VendorSdpa
 
     return (VendorSdpa(), Int8Linear(), RegisteredKernels(), TritonCodegen())
+
+
+def direct_kernels() -> dict[str, Callable[..., Any]]:
+    """What the functions of `attention.direct` run on a GPU, by the function's name: takes its arguments; a sentence
+    where no kernel can be made."""
+    from .triton_codegen.flash.varlen import varlen_attention
+
+    return {"varlen_attention": varlen_attention}

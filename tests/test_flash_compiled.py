@@ -7,7 +7,7 @@ import sympy
 import torch
 
 from fusion_compiler.fused import Attention, Layout, Mask, Modification
-from fusion_compiler.lowering.triton_codegen.flash import predict
+from fusion_compiler.lowering.triton_codegen.flash import packed_source, predict
 from fusion_compiler.lowering.triton_codegen.flash.blocks import sources
 from fusion_compiler.lowering.triton_codegen.flash.expressions import Read
 from fusion_compiler.lowering.triton_codegen.flash.source import NAME, contiguous, tiles, write
@@ -46,6 +46,10 @@ CASES = {
     "single": op(64, dtype=torch.float32),
     "documents": op(128, mask=Mask("tensor"), modification=DOCUMENTS),
 }
+PACKED = (
+    packed_source.Packed(32, 8, 128, 128, torch.bfloat16, 0.1, True, None, None, ((4096, 128), (1024, 128)) * 2),
+    packed_source.Packed(7, 1, 80, 64, torch.float16, 0.1, True, 512, 30.0, ((560, 80), (80, 80), (64, 64), (448, 64))),
+)
 TARGETS = {("cuda", 90, 32): "h200", ("cuda", 80, 32): "a100", ("hip", "gfx942", 64): "mi300x"}
 EVERYWHERE = ("causal", "uneven")
 
@@ -62,6 +66,17 @@ def compile_all() -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = True  # or there are no kernels for float32
     for target, name in TARGETS.items():
+        for packed in PACKED:
+            plan = predict.chosen(packed.of_a_sequence(), TABLE[name])
+            assert plan is not None
+            tensors = dict.fromkeys(("q", "k", "v", "cu_q", "cu_k", "out"), packed.dtype)
+            tensors |= {"cu_q": torch.int32, "cu_k": torch.int64}
+            made = compile_text(
+                packed_source.write(packed, plan, "ieee"), NAME, tensors, ["sequences"],
+                {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}, GPUTarget(*target),
+                num_warps=plan.num_warps, num_stages=plan.num_stages,
+            )  # fmt: skip
+            assert resources(made).spills == 0 or name != "h200", (packed, resources(made))
         for case in CASES if name == "h200" else EVERYWHERE:
             attention = CASES[case]
             found = predict.candidates(attention, TABLE[name])

@@ -35,8 +35,9 @@ def proved(op: Attention) -> Mask:
     return op.modification.mask if op.modification is not None else op.mask
 
 
-def limits(op: Attention, block_n: int, lengths_stride: Amount) -> Limits:
-    """The limits that are proved of an attention's mask, with those of its tensors."""
+def limits(op: Attention, block_n: int, lengths_stride: Amount, positions: str = "BLOCK_M") -> Limits:
+    """The limits that are proved of an attention's mask, with those of its tensors. A block of rows stands at as many
+    `positions`."""
     mask, kv_len = proved(op), amount(op.kv_len)
     setup, begin, open_begin, conditions = list[str](), list[str](), list[str](), list[str]()
     end, open_end = [size_text(kv_len)], [size_text(kv_len)]
@@ -48,16 +49,16 @@ def limits(op: Attention, block_n: int, lengths_stride: Amount) -> Limits:
             shift = f"tl.load(position).to(tl.int32) + {shift}"
         setup.append(f"shift = {shift}")
     if mask.kind == "causal":
-        end.append("first_row + BLOCK_M + shift")
+        end.append(f"first_row + {positions} + shift")
         open_end.append("first_row + 1 + shift")
         conditions.append("(keys <= rows + shift)")
         if mask.window is not None:
             begin.append(f"first_row + shift + {1 - mask.window}")
-            open_begin.append(f"first_row + BLOCK_M + shift + {-mask.window}")
+            open_begin.append(f"first_row + {positions} + shift + {-mask.window}")
             conditions.append(f"(keys > rows + shift - {mask.window})")
         if mask.chunk is not None:
             begin.append(f"(first_row + shift) // {mask.chunk} * {mask.chunk}")
-            open_begin.append(f"(first_row + BLOCK_M - 1 + shift) // {mask.chunk} * {mask.chunk}")
+            open_begin.append(f"(first_row + {positions} - 1 + shift) // {mask.chunk} * {mask.chunk}")
             conditions.append(f"(keys >= (rows + shift) // {mask.chunk} * {mask.chunk})")
     elif mask.kind == "length":
         end.append("shift + 1")

@@ -65,7 +65,7 @@ def constants() -> Constants:
 
 def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable:
     """The fastest predicted plan."""
-    refusal = _refusal(op, machine)
+    refusal = unserved(op, machine)
     if refusal:
         return Unavailable(refusal)
     plan = chosen(op, machine)
@@ -97,7 +97,7 @@ def chosen(op: Attention, machine: Machine) -> Plan | None:
     return next((p for p in plans(op, describing) if shared_memory(op, p) <= machine.shared_memory), None)
 
 
-def _refusal(op: Attention, machine: Machine) -> str:
+def unserved(op: Attention, machine: Machine) -> str:
     if machine.kind == "cpu":
         return "Triton kernels are generated for GPUs; on a CPU attention is left to torch's kernels and Inductor"
     if machine.kind == "cuda" and machine.capability < 80:

@@ -61,7 +61,7 @@ class FlashSource:
 
 def write(op: Attention, plan: Plan, strides: Strides, precision: str = "ieee") -> FlashSource:
     """The kernel that computes `op` by `plan`; `precision` is that of float32 products."""
-    return _Writer(op, plan, strides, precision).write()
+    return Writer(op, plan, strides, precision).write()
 
 
 def tiles(op: Attention, plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -86,12 +86,16 @@ def sizes_of(op: Attention, strides: Strides) -> list[Amount]:
     return found + [stride for read in strides.reads.values() for stride in read.strides]
 
 
-class _Writer:
+class Writer:
+    """One kernel: where a program stands (`place`), what it starts from, its loops over keys, and its result."""
+
+    positions = "BLOCK_M"
+
     def __init__(self, op: Attention, plan: Plan, strides: Strides, precision: str) -> None:
         self.op, self.plan, self.strides, self.precision = op, plan, strides, precision
         self.lines: list[str] = []
         self.level = 1
-        self.limits = limits(op, plan.block_n, strides.lengths)
+        self.limits = limits(op, plan.block_n, strides.lengths, self.positions)
         self.scores = Scores(op, plan, strides.reads)
         self.qk, self.pv = pieces(op.head_dim), pieces(op.v_dim)
         self.even_rows, self.even_keys = self.scores.even_rows, self.scores.even_keys
@@ -100,9 +104,10 @@ class _Writer:
         self.lines += [INDENT * self.level + line for line in lines]
 
     def write(self) -> FlashSource:
-        tensors = ["q", "k", "v", *read_arguments(self.op, self.strides.reads)]
-        tensors += ["blocks", "out"] if self.plan.listed else ["out"]
-        sizes = [str(s) for s in symbols(sizes_of(self.op, self.strides))]
+        tensors = ["q", "k", "v", *self.other_tensors(), "out"]
+        sizes = self.sizes()
+        self.place()
+        self.emit(*self.limits.setup)
         self.start()
         self.loops()
         self.finish()
@@ -111,7 +116,14 @@ class _Writer:
         return FlashSource("\n".join([*head, *self.lines]) + "\n", tuple(tensors), tuple(sizes))
 
     # ---- parts ------------------------------------------------------------------------------
-    def start(self) -> None:
+    def other_tensors(self) -> list[str]:
+        return read_arguments(self.op, self.strides.reads) + (["blocks"] if self.plan.listed else [])
+
+    def sizes(self) -> list[str]:
+        return [str(s) for s in symbols(sizes_of(self.op, self.strides))]
+
+    def place(self) -> None:
+        """Which `rows` [BLOCK_M, 1], head and batch entry this is, and the operands from there on."""
         op = self.op
         group = size_text(amount(op.heads) // amount(op.kv_heads))
         self.emit(
@@ -124,19 +136,26 @@ class _Writer:
             "rows = first_row + tl.arange(0, BLOCK_M)[:, None]",
             "columns = tl.arange(0, BLOCK_N)",
         )
-        self.emit(*self.limits.setup)
-        q, k, v = self.strides.q, self.strides.k, self.strides.v
-        self.emit(f"q += batch * {size_text(q[0])} + head * {size_text(q[1])}")
+        strides = self.strides
+        self.emit(*(f"{n} += batch * {size_text(by[0])} + head * {size_text(by[1])}" for n, by in self.of_rows()))
         if not self.plan.descriptors:
-            self.emit(f"k += batch * {size_text(k[0])} + kv_head * {size_text(k[1])}")
-            self.emit(f"v += batch * {size_text(v[0])} + kv_head * {size_text(v[1])}")
+            for n, by in (("k", strides.k), ("v", strides.v)):
+                self.emit(f"{n} += batch * {size_text(by[0])} + kv_head * {size_text(by[1])}")
+
+    def of_rows(self) -> tuple[tuple[str, tuple[Amount, ...]], ...]:
+        return ("q", self.strides.q), ("out", self.strides.out)
+
+    def row_place(self, name: str, d: str) -> str:
+        """The elements `d` of the rows of q or out."""
+        _, _, row, column = dict(self.of_rows())[name]
+        return f"{name} + {_wide('rows', amount(self.op.q_len), row)} * {size_text(row)} + {d} * {size_text(column)}"
+
+    def start(self) -> None:
+        op = self.op
         for i, (first, size) in enumerate(self.qk):
             mask = self.inside("rows", amount(op.q_len), self.even_rows, first, size, op.head_dim, f"qd{i}[None, :]")
             self.emit(f"qd{i} = {first} + tl.arange(0, {size})")
-            place = (
-                f"q + {_wide('rows', amount(op.q_len), q[2])} * {size_text(q[2])} + qd{i}[None, :] * {size_text(q[3])}"
-            )
-            self.emit(f"q{i} = tl.load({place}{mask})")
+            self.emit(f"q{i} = tl.load({self.row_place('q', f'qd{i}[None, :]')}{mask})")
         for i, (first, size) in enumerate(self.pv):
             self.emit(f"vd{i} = {first} + tl.arange(0, {size})")
             self.emit(f"acc{i} = tl.zeros((BLOCK_M, {size}), tl.float32)")
@@ -227,16 +246,14 @@ class _Writer:
             self.emit(f"acc{i} = tl.dot(p.to(v{i}.dtype), v{i}, acc{i}{precision})")
 
     def finish(self) -> None:
-        op, out = self.op, self.strides.out
+        op = self.op
         empty = op.modification.empty_rows if op.modification is not None else op.mask.empty_rows
         if empty == "zero":
             self.emit("l = tl.where(l == 0.0, 1.0, l)")
-        self.emit(f"out += batch * {size_text(out[0])} + head * {size_text(out[1])}")
         for i, (first, size) in enumerate(self.pv):
             mask = self.inside("rows", amount(op.q_len), self.even_rows, first, size, op.v_dim, f"vd{i}[None, :]")
-            row = _wide("rows", amount(op.q_len), out[2])
-            place = f"out + {row} * {size_text(out[2])} + vd{i}[None, :] * {size_text(out[3])}"
             mask = mask.removesuffix(", other=0.0")
+            place = self.row_place("out", f"vd{i}[None, :]")
             self.emit(f"tl.store({place}, (acc{i} / l[:, None]).to(out.dtype.element_ty){mask})")
 
 
