@@ -264,9 +264,8 @@ def judge_all(
             continue
         offers = []
         for op, site in ((match.op, match.site), *match.alternatives):
-            refusal = legality.check(
-                site, complex_numbers=isinstance(op, Declared), codes=isinstance(op, QuantisedAttention)
-            )
+            codes = isinstance(op, QuantisedAttention) or (isinstance(op, MatmulFamily) and bool(op.packed))
+            refusal = legality.check(site, complex_numbers=isinstance(op, Declared), codes=codes)
             if refusal is None:
                 offers.append(offer(op, site, target, offering))
             else:

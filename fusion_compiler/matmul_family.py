@@ -67,12 +67,6 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
         operand = _weight_operand(view, product)
         if isinstance(operand, str):
             return operand
-        stored = _stored_narrower(operand[0])
-        if stored is not None:
-            return (
-                f"its weight is computed from {stored} in the graph: the kernels here read 16 and 32 bits, and "
-                f"Inductor can read it as it is stored; keep the weight in {dtype} if it fits"
-            )
         weights.append(operand[0])
         layouts.add(operand[1])
     if len(layouts) > 1:
@@ -102,6 +96,7 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
         dtype=dtype, out_dtype=output.meta["val"].dtype, weight_is_kn=layouts.pop(),
         features=tuple(p.features.first for p in products) if any(_is_part(p) for p in products) else (),
         feature_step=products[0].features.step,
+        computed_from=next(filter(None, map(_stored_narrower, weights)), None),
     )  # fmt: skip
     tail = (*weights, *(n for _, n in extras))
     families = []

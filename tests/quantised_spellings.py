@@ -129,6 +129,58 @@ class IntegerWeights(Spelling):
         return F.linear(x, self.w.to(x.dtype)) * self.scales.to(x.dtype)
 
 
+class Float8(Spelling):
+    """Floats of eight bits, one scale per output feature."""
+
+    dtype = torch.float8_e4m3fn
+
+    def make(self, g: torch.Generator) -> None:
+        self.register_buffer("w", torch.randn(self.n, self.k, generator=g).to(self.dtype))
+        self.register_buffer("scales", torch.rand(self.n, generator=g) / 20)
+
+    def weight(self) -> Tensor:
+        return self.w.double() * self.scales.double()[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.w.float() * self.scales[:, None]).to(x.dtype))
+
+
+class Float8OneScale(Float8):
+    """One scale for all, and another type of float."""
+
+    dtype = torch.float8_e5m2
+
+    def make(self, g: torch.Generator) -> None:
+        super().make(g)
+        self.scales = torch.rand((), generator=g).half()
+
+    def weight(self) -> Tensor:
+        return self.w.double() * self.scales.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w.to(x.dtype) * self.scales.to(x.dtype))
+
+
+class Float8Groups(Float8):
+    """A scale for each group of 64 along K."""
+
+    def make(self, g: torch.Generator) -> None:
+        super().make(g)
+        self.scales = torch.rand(self.n, self.k // GROUP, generator=g).half() / 20
+
+    def weight(self) -> Tensor:
+        return self.w.double() * self.scales.double().repeat_interleave(GROUP, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.w.view(self.n, -1, GROUP).to(x.dtype)
+        return F.linear(x, (groups * self.scales.to(x.dtype)[..., None]).flatten(1))
+
+
+class Float8ScaledAfterwards(Float8):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w.to(x.dtype)) * self.scales.to(x.dtype)
+
+
 class Grouped(Spelling):
     """Words of eight codes along K, with a scale and a zero point for each group of 64."""
 
@@ -159,4 +211,8 @@ SPELLINGS: dict[str, Callable[..., Spelling]] = {
     "rounded activations": RoundedActivations,
     "integer weights": IntegerWeights,
     "grouped": Grouped,
+    "float8": Float8,
+    "float8, one scale": Float8OneScale,
+    "float8 in groups": Float8Groups,
+    "float8, scaled afterwards": Float8ScaledAfterwards,
 }

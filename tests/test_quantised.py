@@ -197,6 +197,7 @@ def compile_all() -> list[tuple[str, int]]:
 
     split = Packed("halves", 0, 512, 16, PerGroup(HALF, 32, 0, 32, 1), 8.0)
     raw = Packed("halves", 2, 576, 18, PerGroup(HALF, 32, 0, 288, 9), 8.0)
+    floats = Packed("bytes", 0, 1024, 0, PerGroup(HALF, 1024, 0, 1, 0), 0.0, torch.float8_e4m3fn)
     words = Packed("sequence", 0, 512, 0, PerGroup(HALF, 128, 0, 8, 1), PerGroup(HALF, 128, 0, 8, 1))
     found = []
     for packed, m, dtype, arch in (
@@ -204,6 +205,7 @@ def compile_all() -> list[tuple[str, int]]:
         (split, 4, torch.bfloat16, 80),
         (raw, 1, HALF, 90),
         (words, 16, torch.bfloat16, 90),
+        (floats, 16, torch.bfloat16, 90),
     ):
         op = MatmulFamily(m, 1024, 4096, 1, None, Algebra().make("acc", index=0), (), dtype, dtype, packed=(packed,))
         _, plan = packed_predict.tiles(op, TABLE["h200"], m).fitting[0]
@@ -214,7 +216,7 @@ def compile_all() -> list[tuple[str, int]]:
         else:
             constants = {"x_stride": 1024, "N": 4096, "K": 1024, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
         kernel = load_kernel(source.text, source.name)
-        numbers = {"x": dtype, "out": dtype, "w0": torch.uint8}
+        numbers = {"x": dtype, "out": dtype, "w0": packed.float8 or torch.uint8}
         types = {n: f"*{_TRITON_TYPE[numbers.get(n, HALF)]}" for n in source.tensors}
         signature = types | dict.fromkeys(constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(source.tensors))}
@@ -227,7 +229,7 @@ def compile_all() -> list[tuple[str, int]]:
 
 def test_kernels_compile_without_spilling():
     found = ahead_of_time.compile_all("test_quantised")
-    assert len(found) == 4 and not [kernel for kernel in found if kernel[1]]
+    assert len(found) == 5 and not [kernel for kernel in found if kernel[1]]
 
 
 def test_positions_that_meet_frequencies_are_no_codes():

@@ -61,7 +61,7 @@ class Packed:
     halves:   4 bits, unsigned; 16 bytes for 32 neighbours, of which byte j has element j low and j + 16 high;
               the next 32 lie `block` bytes further (16, or 18 where each block brings its scale, as in Q4_0)
     sequence: 4 bits, unsigned; element k is the low (even k) or high half of byte k // 2
-    bytes:    8 bits, two's complement
+    bytes:    8 bits, two's complement, or the float type `float8`
 
     Without a scale it is 1. `zero` is one number, or lies in a tensor as scales do.
     """
@@ -72,6 +72,7 @@ class Packed:
     block: int
     scale: PerGroup | None
     zero: float | PerGroup
+    float8: torch.dtype | None = None
 
     @property
     def operands(self) -> int:
@@ -107,6 +108,8 @@ class MatmulFamily:
     Where `packed` is not empty, each weight is stored as it says, and its operands are the tensors that hold it. With
     `q8_activations` x is rounded to eight bits in blocks of 32 (Q8_1), as ggml does.
 
+    `computed_from` is the float type of 8 bits that a weight, not packed, is computed from in the graph.
+
     Operands of a site, in this order: x, [norm weight], [norm bias], w_0, w_1, …, extras….
     """
 
@@ -124,6 +127,7 @@ class MatmulFamily:
     feature_step: int = 1
     packed: tuple[Packed, ...] = ()
     q8_activations: bool = False
+    computed_from: torch.dtype | None = None
 
     @property
     def parts(self) -> tuple[MatmulFamily, ...]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..fused import Packed, PerGroup
-from .elements import Bits, Number, Read, Term, number
+from .elements import Atom, Bits, Number, Read, Term, number
 from .walk import Walk
 
 ROWS, COLUMNS, ELSEWHERE = 4, 6, 1 << 14
 WHOLE = 1 << 18  # weights up to this size are looked at whole
 BLOCK = 32
 WIDEST_CODE = 16  # bits; wider integers are positions and the like
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def storage_of(walk: Walk, weight: Node, n: int, k: int, *, kn: bool = False) ->
     found = number(element) if isinstance(element, Bits) else element
     if not isinstance(found, Number):
         return None
-    codes = [a for t in found.terms for a in t.atoms if isinstance(a, Bits)]
-    if not codes or any(int(c.width.max()) > WIDEST_CODE for c in codes):
+    codes = [a for t in found.terms for a in t.atoms if _is_code(a)]
+    if not codes or any(isinstance(c, Bits) and int(c.width.max()) > WIDEST_CODE for c in codes):
         return None
     return _stored(found, rows, columns, k)
 
@@ -80,10 +81,10 @@ def _places(n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _stored(weight: Number, n: Tensor, k: Tensor, width: int) -> Storage | str:
-    code: Bits | None = None
+    code: Atom | None = None
     main: Term | None = None
     for term in weight.terms:
-        bits = [a for a in term.atoms if isinstance(a, Bits)]
+        bits = [a for a in term.atoms if _is_code(a)]
         if len(bits) > 1 or (bits and code is not None and bits[0] is not code):
             return "it multiplies or adds several codes for one weight; kernels take one code each"
         if bits:
@@ -91,7 +92,7 @@ def _stored(weight: Number, n: Tensor, k: Tensor, width: int) -> Storage | str:
     assert code is not None and main is not None
     if not bool((main.factor == 1).all()):
         return "its codes are multiplied by numbers that the graph holds; multiply the scales instead"
-    scales = [a for a in main.atoms if isinstance(a, Read)]
+    scales = [a for a in main.atoms if isinstance(a, Read) and a is not code]
     if len(scales) > 1:
         return "its codes have several scales each; multiply them into one beforehand"
     order = _order(code, n, k)
@@ -124,11 +125,19 @@ def _stored(weight: Number, n: Tensor, k: Tensor, width: int) -> Storage | str:
         else:
             zero = -float(term.factor[0])
     name, first, row, block = order
-    return Storage(Packed(name, first, row, block, scale, zero), tuple(sources))  # type: ignore[arg-type]
+    float8 = code.dtype if isinstance(code, Read) else None
+    return Storage(Packed(name, first, row, block, scale, zero, float8), tuple(sources))  # type: ignore[arg-type]
 
 
-def _order(code: Bits, n: Tensor, k: Tensor) -> tuple[str, int, int, int] | str:
+def _is_code(atom: Atom) -> bool:
+    return isinstance(atom, Bits) or atom.dtype in FLOAT8
+
+
+def _order(code: Atom, n: Tensor, k: Tensor) -> tuple[str, int, int, int] | str:
     """(order, first, row, block) of the codes."""
+    if isinstance(code, Read):
+        whole = torch.full_like(code.byte, 8)
+        code = Bits(code.source, 8 * code.byte, whole, torch.zeros_like(whole), True, torch.int8)
     width = int(code.width[0])
     if not bool((code.width == width).all()) or width not in (4, 8):
         return f"its codes have {width} bits; kernels read 4 or 8"

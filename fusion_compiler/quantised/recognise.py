@@ -67,7 +67,7 @@ class Reader:
             return None
         sources = tuple(s for f in stored for s in f.sources)
         operands = (*site.operands[:before], *sources, *site.operands[before + op.weights :])
-        made = replace(op, packed=tuple(f.packed for f in stored), weight_is_kn=False)
+        made = replace(op, packed=tuple(f.packed for f in stored), weight_is_kn=False, computed_from=None)
         return made, site_of(self.view, site.output, operands)
 
 

@@ -64,7 +64,7 @@ class Walk:
     def _source(self, node: Node, value: Tensor, places: Tensor) -> Element | None:
         if node.op == "call_function" and not value.is_contiguous():
             return None  # what is computed may come to lie otherwise in the end
-        position = _dot(_unravelled(places, value.shape), value.stride())
+        position = _dot(_unravelled(places, value.shape), value.stride()).expand_as(places)
         item = value.dtype.itemsize
         if value.dtype.is_floating_point:
             return Number(

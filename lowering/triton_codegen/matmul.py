@@ -92,6 +92,12 @@ def _refusal(op: Matmuls, machine: Machine) -> str | None:
         return f"the generator makes kernels for bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
+    stored = next((part.computed_from for part in op.parts if part.computed_from is not None), None)
+    if stored is not None:
+        return (
+            f"its weight is computed from {stored} in the graph: these kernels read 16 and 32 bits, and Inductor can "
+            f"read it as it is stored; keep the weight in {op.dtype} if it fits"
+        )
     if not all(isinstance(amount(size), int) for part in op.parts for size in (part.k, part.n)):
         return "K and N are symbolic: mark only the rows of the input as dynamic"
     return next(filter(None, (unsupported(part.epilogue) for part in op.parts)), None)

@@ -77,6 +77,9 @@ def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
         return f"{machine.name} ({machine.arch}) has no matrix instructions that Triton reaches"
     if op.dtype not in DTYPES:
         return f"kernels multiply packed weights with float16 and bfloat16 activations, not {op.dtype}; cast the input"
+    narrow = next((p.float8 for p in op.packed if p.float8 is not None), None)
+    if narrow is not None and not (machine.kind == "cuda" and machine.capability >= 89):
+        return f"{machine.name} ({machine.arch}) has no instructions that widen {narrow}"
     if op.norm is not None:
         return "kernels for packed weights do not fold the norm in front yet"
     m, k, n = amount(op.m), amount(op.k), amount(op.n)

@@ -100,7 +100,8 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     reached = known["rate"] * machine.memory_bandwidth * min(1.0, blocks / (known["saturating"] * machine.num_sms))
     steps = int(op.k) // plan.block_k * (known["step"] + known["step_element"] * plan.block_k)
     unaligned = known["unaligned"] if any(p.order == "halves" and p.block != 16 for p in op.packed) else 1.0
-    slower = known["order"][op.packed[0].order] * (known["pair"] if op.weights > 1 and plan.rows > 8 else 1.0)
+    codes = "float8" if op.packed[0].float8 else op.packed[0].order
+    slower = known["order"][codes] * (known["pair"] if op.weights > 1 and plan.rows > 8 else 1.0)
     work = known["start"] + steps + unaligned * moved / reached + x / machine.l2_bandwidth
     return float(machine.launch_overhead + slower * work)
 

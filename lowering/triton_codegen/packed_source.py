@@ -15,7 +15,10 @@ from .plans import Plan
 from .swap_source import Swap
 from .writer import Facts, KernelSource
 
-_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+_TYPES = {
+    torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32",
+    torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5",
+}  # fmt: skip
 
 # A byte with 0x64 (0x43) above it is the float16 1024 + byte (the bfloat16 128 + byte): no conversion is needed.
 # bfloat16 has no subtraction before sm_90, so it is 1 · a − b there.
@@ -98,7 +101,7 @@ class PackedSwap(Swap):
         inside = "" if self.known.even_n else ", mask=n_in[:, None], other=0"
         for i, packed in enumerate(self.op.packed):
             self.emit(f'w{i}_tile = tl.load({self.codes(i, packed)}{inside}, eviction_policy="evict_first")')
-            if packed.scale:
+            if packed.scale and not self.of_rows(i):
                 self.per_group(f"s{i}", packed.scale)
             if isinstance(packed.zero, PerGroup):
                 self.per_group(f"z{i}", packed.zero)
@@ -108,13 +111,29 @@ class PackedSwap(Swap):
                     number = f"({number} - z{i}_tile)"
                 elif self.order == "bytes" and packed.zero:
                     number = f"({number} - {packed.zero})"
-                scaled = f"{number} * s{i}_tile" if packed.scale else number
+                scaled = f"{number} * s{i}_tile" if packed.scale and not self.of_rows(i) else number
                 self.emit(f"acc{i} = tl.dot({scaled}, tl.trans(y{side}), acc{i})")
+
+    def of_rows(self, i: int) -> bool:
+        """Whether all of a feature's codes have one scale, which then multiplies their sum."""
+        scale = self.op.packed[i].scale
+        return scale is not None and scale.group >= int(self.op.k)
+
+    def finish(self) -> None:
+        inside = "" if self.known.even_n else ", mask=n_in, other=0.0"
+        for i, packed in enumerate(self.op.packed):
+            if packed.scale and self.of_rows(i):
+                pointer = f"s{i}.to(tl.pointer_type({_TYPES[packed.scale.dtype]}))"
+                at = f"{pointer} + {packed.scale.first} + n * {packed.scale.row}"
+                self.emit(f"acc{i} = acc{i} * tl.load({at}{inside}).to(tl.float32)[:, None]")
+        super().finish()
 
     def numbers(self, i: int) -> dict[str, str]:
         """The tile of codes as numbers, by the part of x that they belong to."""
         if self.order == "bytes":
-            return {"": f"w{i}_tile.to({_TYPES[self.op.dtype]})"}
+            float8 = self.op.packed[i].float8
+            floats = f".to({_TYPES[float8]}, bitcast=True)" if float8 else ""
+            return {"": f"w{i}_tile{floats}.to({_TYPES[self.op.dtype]})"}
         self.emit(f"w{i}_low, w{i}_high = unpacked(w{i}_tile)")
         if self.apart:
             return {"_low": f"w{i}_low", "_high": f"w{i}_high"}

@@ -46,7 +46,7 @@ class Int8Linear:
 
 def _refusal(op: MatmulFamily) -> str | None:
     packed, m = op.packed[0], amount(op.m)
-    if packed.order != "bytes" or packed.scale is not None or packed.zero != 0:
+    if packed.order != "bytes" or packed.float8 or packed.scale is not None or packed.zero != 0:
         return f"no ATen kernel for CPUs reads these codes as they lie, so the weight is dequantised each time; {CURE}"
     if op.dtype != torch.bfloat16 or op.out_dtype != torch.bfloat16:
         return f"ATen's kernel for 8-bit weights is as exact as eager in bfloat16 only, and this is {op.dtype}"
