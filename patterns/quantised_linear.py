@@ -1,7 +1,8 @@
 """A linear whose weight is computed from codes of 4 or 8 bits: x · (scale · (code − zero))ᵀ + b, in any spelling.
 
-Codes may be float8. What the weight is made of is proved from how the graph computes it, element by element. A kernel that reads the codes
-moves a quarter or half of the bytes of a dequantised weight, and never writes that weight to memory.
+What the weight is made of is proved from how the graph computes it, element by element; codes of 8 bits are integers
+or float8. A kernel that reads the codes moves a quarter or half of the bytes of a dequantised weight, and never writes
+that weight to memory.
 """
 
 from __future__ import annotations
