@@ -2,7 +2,7 @@
 
 `explain` says what would be fused and why without running anything; `reports` and `last_report` say what was.
 `pattern` declares a fusion, `register_pattern` has every compilation look for it, `register_kernel` brings it a kernel.
-`varlen_attention` is attention of packed sequences, called by name.
+`varlen_attention` and `paged_attention` are attention of packed sequences and over paged caches, called by name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .attention.direct import varlen_attention
+from .attention.paged import paged_attention
 from .capture import explain
 from .package import aoti_compile_and_package
 from .pattern import Example, Pattern, choice, literal, pattern
@@ -27,8 +28,8 @@ from .report import Decision, NearMiss, Report, last_report, reports
 
 __all__ = [
     "Decision", "Example", "NearMiss", "Pattern", "Report", "aoti_compile_and_package", "choice",
-    "disable_patterns", "enable_patterns", "explain", "ggml", "gguf", "last_report", "literal", "pattern",
-    "patterns", "register_kernel", "register_pattern", "reports", "unregister_kernel", "unregister_pattern",
+    "disable_patterns", "enable_patterns", "explain", "ggml", "gguf", "last_report", "literal", "paged_attention",
+    "pattern", "patterns", "register_kernel", "register_pattern", "reports", "unregister_kernel", "unregister_pattern",
     "varlen_attention",
 ]  # fmt: skip
 

@@ -24,7 +24,7 @@ from . import layout, measure, registry, select, splice, verify
 from . import report as reporting
 from .candidates import Candidate, Unavailable
 from .config import Options
-from .fused import Declared, MatmulFamily, MatmulGroup, QuantisedAttention, Site
+from .fused import Declared, MatmulFamily, MatmulGroup, Site, StoredAttention
 from .judge import Offer, judge, offer
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
@@ -264,7 +264,7 @@ def judge_all(
             continue
         offers = []
         for op, site in ((match.op, match.site), *match.alternatives):
-            codes = isinstance(op, QuantisedAttention) or (isinstance(op, MatmulFamily) and bool(op.packed))
+            codes = isinstance(op, StoredAttention) or (isinstance(op, MatmulFamily) and bool(op.packed))
             refusal = legality.check(site, complex_numbers=isinstance(op, Declared), codes=codes)
             if refusal is None:
                 offers.append(offer(op, site, target, offering))

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusion_compiler.algebra import Algebra
 from fusion_compiler.candidates import Traffic
+from fusion_compiler.cost.amounts import compiled
 from fusion_compiler.cost.baseline import inductor_plan
 from fusion_compiler.cost.crossover import cheapest, crossovers
 from fusion_compiler.cost.roofline import (
@@ -292,6 +293,13 @@ def test_crossover_of_two_lines_is_exact() -> None:
 def test_crossover_of_piecewise_costs() -> None:
     roof = sympy.Max(100, S * S / 10, evaluate=False)
     assert crossovers(roof, 99 + sympy.ceiling(S / 64), S, 1, 5000) == [(1, 31, "a"), (32, 5000, "b")]
+
+
+def test_integer_arithmetic_of_torch_in_a_size() -> None:
+    from torch.utils._sympy.functions import FloorDiv
+
+    n = sympy.Symbol("n", integer=True, positive=True)
+    assert compiled(FloorDiv(n + 3, 4) + 1, n)(10) == 4.0
 
 
 def test_one_winner_is_one_range() -> None:

@@ -174,7 +174,7 @@ def generated(graph_module: Any, match: Any, **changes: Any) -> Any:
     assert plan is not None and decode._refusal(match.op, H200) is None
     plan = replace(plan, **{"block": 32, **changes})
     builder = splice.Builder(graph_module, match.site.place)
-    new = decode.emit(match.op, plan, decode.NO_CODES, builder, match.site)
+    new = decode.emit(match.op, plan, builder, match.site)
     splice.replace(match.site, layout.fit(builder, match.site, new))
     splice.clean(graph_module)
     return graph_module
@@ -278,7 +278,7 @@ def compile_all(case: str) -> None:
     assert plan is not None
     plan = replace(plan, splits=4)
     builder = splice.Builder(graph_module, match.site.place)
-    source = decode.prepared(match.op, plan, decode.NO_CODES, builder, match.site)[0]
+    source = decode.prepared(match.op, plan, builder, match.site)[0]
     for target in TARGETS:
         made = compile_text(
             source.text, source.name, source.tensors, source.sizes, {}, GPUTarget(*target),

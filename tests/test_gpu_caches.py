@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import test_paged_attention as paged
 import test_quantised_attention as quantised
 import test_rope_cache as turned
 import torch
+from paged_spellings import SPELLINGS, Paged
 from test_gpu import agree, pytestmark, through
 
 import fusion_compiler as fc
@@ -43,3 +45,34 @@ def test_rope_cache(case: str, dtype: torch.dtype) -> None:
         outcome(through(function, disable=turned.OTHERS), *inputs), outcome(function, *inputs), outcome(function, *wide)
     )
     assert [d.kernel for d in fc.last_report().fused] == ["triton rope_cache"]
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_gathered_pages(spelling: Paged, size: int) -> None:
+    heads_first = spelling.__name__.startswith("heads_first")
+    for dtype in HALVES:
+        torch._dynamo.reset()
+        keys, values, table, lengths = paged.caches(size, heads_first, dtype, [77, 1, 16, 90])
+        inputs = [t.nan_to_num().cuda() for t in (keys, values)]
+        q = torch.randn(paged.B, paged.H, 1, paged.D).to(dtype).cuda()
+        given = (q, *inputs, table.cuda(), lengths.cuda())
+        with torch.no_grad():
+            agree(through(spelling)(*given), spelling(*given), spelling(*(t.double() for t in given[:3]), *given[3:]))
+        [decision] = [d for d in fc.last_report().fused if d.pattern == "attention"]
+        assert dict(decision.details)["pages"] == size
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_paged_attention(dtype: torch.dtype, heads_first: bool) -> None:
+    """Called as it is: lengths change, the compiled kernel stays. What nobody sees is not a number."""
+    layout = "HND" if heads_first else "NHD"
+    for lengths in ([77, 0, 33, 96], [1, 16, 17, 95], [0, 0, 0, 3]):
+        held = paged.caches(16, heads_first, dtype, lengths)
+        q = torch.randn(paged.B, paged.H, paged.D).to(dtype)
+        with torch.no_grad():
+            got = fc.paged_attention(q.cuda(), *(t.cuda() for t in held), layout=layout)
+            eager = fc.paged_attention(q, *held, layout=layout)
+        agree(got.cpu(), eager, paged.exact(q, *held, heads_first))
+    assert len(fc.reports()) == 1 and fc.last_report().fused

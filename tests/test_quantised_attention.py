@@ -13,7 +13,7 @@ from test_decode_attention import H200, assert_as_good_as_eager, compiled, found
 
 from fusion_compiler import layout, splice
 from fusion_compiler.candidates import Unavailable
-from fusion_compiler.fused import Codes, QuantisedAttention
+from fusion_compiler.fused import Codes, StoredAttention
 from fusion_compiler.legality import Legality
 from fusion_compiler.lowering.triton_codegen import TritonCodegen
 from fusion_compiler.lowering.triton_codegen.decode import attention as decode
@@ -108,10 +108,10 @@ def inputs_of(case: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(given)
 
 
-def quantised(case: str, dtype: torch.dtype) -> tuple[Any, Any, QuantisedAttention, Any]:
+def quantised(case: str, dtype: torch.dtype) -> tuple[Any, Any, StoredAttention, Any]:
     graph_module, match = found(CASES[case][0], inputs_of(case, dtype))
     [(op, site)] = match.alternatives
-    assert isinstance(op, QuantisedAttention)
+    assert isinstance(op, StoredAttention)
     assert Legality(graph_module.graph).check(site, codes=True) is None
     return graph_module, match, op, site
 
@@ -131,7 +131,7 @@ def test_numbers(case: str, splits: int) -> None:
     plan = predict.best_plan(op.attention, H200)
     assert plan is not None
     builder = splice.Builder(graph_module, site.place)
-    new = decode.emit(op.attention, replace(plan, block=32, splits=splits), (op.k, op.v), builder, site)
+    new = decode.emit(op, replace(plan, block=32, splits=splits), builder, site)
     splice.replace(site, layout.fit(builder, site, new))
     splice.clean(graph_module)
     casts = [n for n in graph_module.graph.nodes if "convert_element_type" in str(n.target)]
@@ -205,7 +205,7 @@ def compile_all() -> None:
         assert plan is not None
         plan = replace(plan, splits=4)
         builder = splice.Builder(graph_module, site.place)
-        source = decode.prepared(op.attention, plan, (op.k, op.v), builder, site)[0]
+        source = decode.prepared(op, plan, builder, site)[0]
         made = compile_text(
             source.text, source.name, source.tensors, source.sizes, {}, GPUTarget("cuda", 90, 32),
             num_warps=plan.num_warps, num_stages=plan.num_stages,

@@ -1,4 +1,4 @@
-"""Keys and values that are stored quantised: the same attention, reading the codes.
+"""Keys and values that are stored quantised.
 
 Where an operand of a found attention is (code − zero) · scale, with one scale and zero for a row, the kernel can read
 the codes: the scale of a key multiplies its score, that of a value its probability.
@@ -6,16 +6,13 @@ the codes: the scale of a key multiplies its score, that of a value its probabil
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..fused import Attention, Codes, Layout, QuantisedAttention, Site
-from ..match import Match
+from ..fused import Codes
 from ..shapes import shape_of
-from ..sites import interior_between, staying
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -28,39 +25,6 @@ HIGH = (
 )  # fmt: skip
 
 Found = tuple[Codes, Node, tuple[Node, ...]]  # the stored tensor, its scale and zero
-
-
-def with_codes(match: Match) -> Match:
-    """`match`, with the attention that reads the codes as an alternative where there are any."""
-    op = match.op
-    assert isinstance(op, Attention)
-    k, v = (
-        stored(node) if _in_order(node, layout) else None
-        for node, layout in zip(match.site.operands[1:3], op.layouts[1:3], strict=True)
-    )
-    if k is None and v is None:
-        return match
-    operands = list(match.site.operands)
-    for place, side in ((1, k), (2, v)):
-        if side is not None:
-            operands[place] = side[1]
-            operands += side[2]
-    interior = interior_between(match.site.output, operands)
-    site = Site(tuple(operands), match.site.output, interior, staying(interior, (match.site.output,)))
-    quantised = QuantisedAttention(op, k[0] if k else None, v[0] if v else None)
-    return replace(match, alternatives=(*match.alternatives, (quantised, site)))
-
-
-def _in_order(node: Node, layout: Layout) -> bool:
-    """Whether a layout does no more than to exchange axes, all of known sizes."""
-    shape = shape_of(node)
-    known = all(isinstance(size, int) for size in (*shape, *layout.split, *layout.shape))
-    return (
-        known
-        and shape == layout.split == tuple(layout.split)
-        and layout.merged == layout.shape
-        and (tuple(shape[d] for d in layout.order) == tuple(layout.shape))
-    )
 
 
 def stored(node: Node) -> Found | None:

@@ -26,13 +26,13 @@ from .late_division import LateDivision, divided_later
 from .limits import Extents
 from .masks import HIDDEN, Proof, Term, prove
 from .modifications import modification, says_more
-from .quantised import with_codes
 from .refusals import NotAttention, UnlikeRepeats, also_read, between_scores_and, changed
 from .roles import Geometry, Parts
 from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
 from .sdpa_calls import Call, call
 from .sinks import without_sink
 from .softmax import Softmax, more_than_their_sum, softmax, uncast
+from .storage import as_stored
 
 PATTERN = "attention"
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ class _Finder:
         try:
             parts = self._parts(node)
             if parts is not None:
-                self.matches.append(with_codes(self._match(parts)))
+                self.matches.append(as_stored(self._match(parts), self._indexer))
         except NotAttention as why:
             self.near_misses.append(NearMiss(PATTERN, why.node, why.reason, node))
 

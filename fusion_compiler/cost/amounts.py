@@ -6,6 +6,7 @@ The functions stay in plain Python while every argument is a number, so a static
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +17,9 @@ from sympy.core.relational import Relational
 from ..candidates import Amount
 
 Condition: TypeAlias = bool | sympy.Basic
+
+# for functions made of amounts: torch's integer arithmetic of sizes stands among sympy's own
+FUNCTIONS = [{"FloorDiv": operator.floordiv, "CeilDiv": lambda a, b: -(-a // b), "PythonMod": operator.mod}, "math"]
 
 
 def amount(size: int | torch.SymInt) -> Amount:
@@ -106,5 +110,5 @@ def compiled(value: Amount, symbol: sympy.Symbol) -> Callable[[int], float]:
     if not is_symbolic(value):
         constant = float(value)
         return lambda _: constant
-    function = sympy.lambdify([symbol], value, modules="math")
+    function = sympy.lambdify([symbol], value, modules=FUNCTIONS)
     return lambda size: float(function(size))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import sympy
 
 from ..candidates import Amount
-from .amounts import Condition, compiled
+from .amounts import FUNCTIONS, Condition, compiled
 
 FAR = 2**20  # a size without bound is looked at up to here; the last range then goes on for ever
 
@@ -86,7 +86,7 @@ def _costs(
 def _allowed(condition: Condition, symbol: sympy.Symbol) -> Callable[[int], bool]:
     if not isinstance(condition, sympy.Basic):
         return lambda _: bool(condition)
-    function = sympy.lambdify([symbol], condition, modules="math")
+    function = sympy.lambdify([symbol], condition, modules=FUNCTIONS)
     return lambda size: bool(function(size))
 
 

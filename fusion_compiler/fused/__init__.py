@@ -6,7 +6,7 @@ FX nodes: those travel beside it as a `Site`. Sizes may be `int` or `torch.SymIn
 
 from __future__ import annotations
 
-from .attention import Attention, Codes, Layout, Mask, Modification, QuantisedAttention
+from .attention import Attention, Codes, Layout, Mask, Modification, Pages, StoredAttention
 from .declared import Declared
 from .matmul import Extra, MatmulFamily, MatmulGroup, Packed, PerGroup, RowNorm
 from .rope_cache import RopeCache
@@ -14,7 +14,7 @@ from .rows import RowReduction
 from .site import Site
 from .size import Size
 
-FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | QuantisedAttention | RopeCache | Declared
+FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | StoredAttention | RopeCache | Declared
 
 __all__ = [
     "Attention",
@@ -28,8 +28,9 @@ __all__ = [
     "MatmulGroup",
     "Modification",
     "Packed",
+    "Pages",
     "PerGroup",
-    "QuantisedAttention",
+    "StoredAttention",
     "RopeCache",
     "RowNorm",
     "RowReduction",

@@ -1,4 +1,4 @@
-"""Attention over keys and values as they are, or stored as codes."""
+"""Attention over keys and values as they are, or stored as codes or in pages."""
 
 from __future__ import annotations
 
@@ -126,12 +126,27 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class QuantisedAttention:
-    """An attention whose keys or values are stored as codes: `attention` says what it computes of what they stand for.
+class Pages:
+    """Keys and values lie in blocks of `size` positions each, which a table names for each element of the batch.
 
-    Operands of a site: those of the attention with the codes as k and v, then scale and [zero] of k, then those of v.
+    The caches are [blocks, size, Hkv, D], or [blocks, Hkv, size, D] where `heads_first`.
+    """
+
+    size: int
+    heads_first: bool = False
+
+
+@dataclass(frozen=True)
+class StoredAttention:
+    """An attention whose keys or values are stored as codes, or in pages: `attention` says what it computes of what
+    they stand for.
+
+    Operands of a site: those of the attention with k and v as they are stored, then scale and [zero] of k, then those
+    of v, then the table of blocks [B, most blocks] or [B · most blocks] where there are pages; a block's number may be
+    negative, counted from the last.
     """
 
     attention: Attention
     k: Codes | None
     v: Codes | None
+    pages: Pages | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, QuantisedAttention, RopeCache, RowReduction
+from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, RopeCache, RowReduction, StoredAttention
 from ...machine import Machine
 from . import decode, flash, matmul, packed_linear, rope_cache, row_reduction
 
@@ -30,7 +30,7 @@ class TritonCodegen:
             return matmul.candidates(op, machine)
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
-        if isinstance(op, QuantisedAttention):
+        if isinstance(op, StoredAttention):
             return decode.candidates(op, machine)
         if isinstance(op, RopeCache):
             return rope_cache.candidates(op, machine)

@@ -16,12 +16,12 @@ import torch
 from ....attention.operands import named
 from ....candidates import Candidate, Unavailable
 from ....cost.amounts import amount
-from ....fused import Attention, Codes, Layout, QuantisedAttention, Site, Size
+from ....fused import Attention, Codes, Layout, Pages, Site, Size, StoredAttention
 from ....machine import Machine
 from ....splice import load_kernel, same_sizes
 from ..matmul import float32_precision, imprecise
 from . import predict
-from .operands import Axes, KernelSource, Operand, Operands, Plan, query_rows, row_tiles
+from .operands import Axes, KernelSource, Operand, Operands, Plan, Table, as_stored, query_rows, row_tiles
 from .source import write
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from ....splice import Builder
 
 aten = torch.ops.aten
-NO_CODES = (None, None)
 MOST_ROWS = 128  # query rows per key/value head; with more, a kernel with tiles of queries is the better plan
 WIDEST = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def candidates(asked: Attention | QuantisedAttention, machine: Machine) -> list[Candidate] | Unavailable:
+def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Candidate] | Unavailable:
     """The plan predicted fastest, or why there is none."""
-    op, codes = (asked.attention, (asked.k, asked.v)) if isinstance(asked, QuantisedAttention) else (asked, NO_CODES)
+    stored = as_stored(asked)
+    op, codes = stored.attention, (stored.k, stored.v)
     refusal = _refusal(op, machine) or _unreadable(codes, machine)
     if refusal is not None:
         return Unavailable(refusal)
@@ -52,7 +52,7 @@ def candidates(asked: Attention | QuantisedAttention, machine: Machine) -> list[
             kernel=f"triton {plan.label}",
             traffic=predict.traffic(op, plan, keys, codes),
             seconds=predict.seconds(op, plan, machine, keys),
-            emit=functools.partial(emit, op, plan, codes),
+            emit=functools.partial(emit, stored, plan),
             details=(
                 ("rows", plan.rows),
                 ("block", plan.block),
@@ -61,6 +61,7 @@ def candidates(asked: Attention | QuantisedAttention, machine: Machine) -> list[
                 ("num_stages", plan.num_stages),
                 ("keys expected", keys),
                 ("mask tensor", op.mask.kind == "tensor"),
+                ("pages", stored.pages.size if stored.pages is not None else 0),
                 ("codes", ", ".join("none" if c is None else f"{c.packed} {c.dtype}".strip() for c in codes)),
             ),
         )  # fmt: skip
@@ -121,23 +122,25 @@ def _expression(size: Any) -> sympy.Expr:
 
 
 # ---- emission -------------------------------------------------------------------------------------
-def emit(op: Attention, plan: Plan, codes: tuple[Codes | None, Codes | None], builder: Builder, site: Site) -> Node:
+def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site) -> Node:
     """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
-    source, nodes, grid = prepared(op, plan, codes, builder, site)
+    source, nodes, grid = prepared(asked, plan, builder, site)
     done = builder.triton(
         load_kernel(source.text, source.name), grid, nodes | source.sizes, source.outputs,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
-    return _shaped(builder, done["out"], op.out)
+    return _shaped(builder, done["out"], as_stored(asked).attention.out)
 
 
 def prepared(
-    op: Attention, plan: Plan, codes: tuple[Codes | None, Codes | None], builder: Builder, site: Site
+    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site
 ) -> tuple[KernelSource, dict[str, Node], tuple[Any, int]]:
     """The kernel, the tensors it is called with, and its grid.
 
     The mask tensor is read only where nothing better is known of it; otherwise the position alone keeps its nodes.
     """
+    stored = as_stored(asked)
+    op, codes = stored.attention, (stored.k, stored.v)
     extra = [
         f"{n}_{w}"
         for n, c in zip("kv", codes, strict=True)
@@ -145,6 +148,7 @@ def prepared(
         for w in ("scale", "zero")
         if w == "scale" or c.has_zero
     ]
+    extra += ["table"] if stored.pages is not None else []
     own = len(site.operands) - len(extra)
     nodes = named(op, dataclasses.replace(site, operands=site.operands[:own]))
     nodes |= dict(zip(extra, site.operands[own:], strict=True))
@@ -155,6 +159,8 @@ def prepared(
     for name, held in zip("kv", codes, strict=True):
         if held is not None:
             read[name] = _coded(builder, nodes, name, held, layouts[name])
+        if stored.pages is not None:
+            read[name] = _paged(nodes[name].meta["val"], stored.pages, read.get(name))
     for name in [n for n in ("q", "k", "v", "mask") if n in nodes and n not in read]:
         nodes[name], strides = _readable(builder, nodes[name], layouts[name])
         read[name] = Operand(nodes[name].meta["val"].dtype, strides)
@@ -163,7 +169,7 @@ def prepared(
     operands = Operands(
         read["q"], read["k"], read["v"], Operand(op.out.dtype, out_strides), read.get("mask"),
         position=_dtype(nodes, "position"), lengths=_dtype(nodes, "lengths"), scale=_dtype(nodes, "scale"),
-        one_length="lengths" in nodes and same_sizes([nodes["lengths"].meta["val"].numel()], [1]),
+        table=_table(nodes), one_length="lengths" in nodes and same_sizes([nodes["lengths"].meta["val"].numel()], [1]),
     )  # fmt: skip
     tiles = _product(builder, op.batch, op.kv_heads, row_tiles(op, plan))
     if plan.splits > 1:
@@ -189,7 +195,25 @@ def _coded(builder: Builder, nodes: dict[str, Node], name: str, codes: Codes, la
         what: Operand(nodes[at].meta["val"].dtype, strides(nodes[at], 1))
         for what in ("scale", "zero") if (at := f"{name}_{what}") in nodes
     }  # fmt: skip
-    return Operand(codes.dtype, strides(nodes[name], stored), codes, held.get("scale"), held.get("zero"))
+    paged = "table" in nodes  # then these are the strides of something else
+    own = (0, 0, 0, 0) if paged else strides(nodes[name], stored)
+    return Operand(codes.dtype, own, codes, held.get("scale"), held.get("zero"))
+
+
+def _paged(cache: torch.Tensor, pages: Pages, codes: Operand | None) -> Operand:
+    """A cache of blocks as the kernel reads it."""
+    blocks, rows, heads, columns = cache.stride()
+    if pages.heads_first:
+        rows, heads = heads, rows
+    found = codes if codes is not None else Operand(cache.dtype, (0, 0, 0, 0))
+    return dataclasses.replace(found, strides=(blocks, heads, rows, columns), page=pages.size)
+
+
+def _table(nodes: dict[str, Node]) -> Table | None:
+    if "table" not in nodes:
+        return None
+    table = nodes["table"].meta["val"]
+    return Table(table.dtype, table.stride(), nodes["k"].meta["val"].shape[0])
 
 
 def _dtype(nodes: dict[str, Node], name: str) -> torch.dtype | None:

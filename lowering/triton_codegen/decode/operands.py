@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ....fused import Attention, Codes, Size
+from ....fused import Attention, Codes, Size, StoredAttention
 
 Axes = tuple[Size, Size, Size, Size]
 
@@ -30,7 +30,8 @@ class Plan:
 class Operand:
     """A tensor as a kernel reads it: dtype, and strides along batch, heads, positions and columns.
 
-    Of k and v that are `codes`, with their scale and zero: 0 where these are broadcast.
+    Of k and v that are `codes`, with their scale and zero: 0 where these are broadcast. In pages of `page` positions
+    the first stride goes from block to block.
     """
 
     dtype: torch.dtype
@@ -38,6 +39,16 @@ class Operand:
     codes: Codes | None = None
     scale: Operand | None = None
     zero: Operand | None = None
+    page: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers below `blocks` of the blocks that hold keys and values; strides along batch and positions."""
+
+    dtype: torch.dtype
+    strides: tuple[Size, Size]
+    blocks: Size
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Operands:
     lengths: torch.dtype | None = None
     one_length: bool = False
     scale: torch.dtype | None = None
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,10 @@ class KernelSource:
     tensors: dict[str, torch.dtype]
     sizes: dict[str, Size]
     outputs: tuple[str, ...]
+
+
+def as_stored(asked: Attention | StoredAttention) -> StoredAttention:
+    return asked if isinstance(asked, StoredAttention) else StoredAttention(asked, None, None)
 
 
 def power_of_two(at_least: int) -> int:

@@ -51,6 +51,8 @@ class _Split(Writer):
         self.tiles = row_tiles(op, plan)
         self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype)
         self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype)
+        # one block of the cache for all keys of a step, or one for each
+        self.one_page = operands.table is not None and operands.k.page % plan.block == 0
 
     def write(self) -> KernelSource:
         self.indices()
@@ -64,6 +66,7 @@ class _Split(Writer):
         optional = {
             "mask": known.mask.dtype if known.mask else None,
             "position": known.position, "lengths": known.lengths, "scale": known.scale,
+            "table": known.table.dtype if known.table else None,
         }  # fmt: skip
         for side in (self.k, self.v):
             for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero)):
@@ -126,7 +129,8 @@ class _Split(Writer):
         plan, k, v = self.plan, self.k, self.v
         self.emit(f"step = tl.arange(0, {plan.block})")
         for side in (k, v):
-            base = self.along(side.name, side.operand.strides, batch="batch", head="kv_head")
+            batch = {} if side.operand.page else {"batch": "batch"}
+            base = self.along(side.name, side.operand.strides, **batch, head="kv_head")
             self.emit(f"{side.name}_base = {base}")
             self.of_rows(side, by_key=False)
         self.emit(f'm = tl.full(({plan.rows},), float("-inf"), tl.float32)')
@@ -138,6 +142,7 @@ class _Split(Writer):
         self.emit("for block in range(begin, end):")
         self.level += 1
         self.emit(f"n = block * {plan.block} + step")
+        self.pages()
         self.load(k, "[:, None]", "[None, :]")
         product = ""
         for suffix in k.parts:
@@ -173,13 +178,28 @@ class _Split(Writer):
     def load(self, side: Stored, keys: str, columns: str) -> None:
         """A tile of keys or values, with the scales and zeros of its rows."""
         operand, name = side.operand, side.name
-        key = f"{self.key(operand)}{keys}"
-        at = self.along(f"{name}_base", operand.strides, row=key, column=f"{side.index}{columns}")
+        if operand.page:
+            index = {"batch": "page" if self.one_page else f"page{keys}", "row": f"(n % {operand.page}){keys}"}
+        else:
+            index = {"row": f"{self.key(operand)}{keys}"}
+        at = self.along(f"{name}_base", operand.strides, **index, column=f"{side.index}{columns}")
         other = ", other=0.0" if operand.dtype.is_floating_point else ", other=0"
         bounds = " & ".join(b for b in (f"(n < length){keys}", side.bound(columns)) if b)
         cast = "" if operand.codes is not None else self.cast(operand)
         self.emit(f"{name}_tile = tl.load({at}, mask={bounds}{other}){cast}")
         self.of_rows(side, by_key=True)
+
+    def pages(self) -> None:
+        """`page`: the block of the cache that holds the keys at hand."""
+        table = self.operands.table
+        if table is None:
+            return
+        key = f"block * {self.plan.block}" if self.one_page else "n"
+        index = {"batch": "batch", "column": f"({key}) // {self.operands.k.page}"}
+        at = self.along("table", (table.strides[0], 0, 0, table.strides[1]), **index)
+        mask = "" if self.one_page else ", mask=n < length, other=0"
+        self.emit(f"page = tl.load({at}{mask}).to(tl.int64)")
+        self.emit(f"page = tl.where(page < 0, page + {self.size('blocks_held', table.blocks)}, page)")
 
     def of_rows(self, side: Stored, *, by_key: bool) -> None:
         """Scale and zero, of the keys at hand or of all keys of a head."""
