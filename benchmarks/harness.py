@@ -116,12 +116,15 @@ def relative_error(result: Any, reference: Any) -> float:
     return float(wrong / torch.stack([b.double().norm() for _, b in pairs]).norm())
 
 
-def rotated(make: Callable[[], tuple[Any, ...]], device: torch.device) -> list[tuple[Any, ...]]:
-    """Copies of the inputs that together pass ROTATED_BYTES on a GPU, at least two; one on a CPU."""
+def rotated(
+    make: Callable[[], tuple[Any, ...]], device: torch.device, read: float | None = None
+) -> list[tuple[Any, ...]]:
+    """Copies of the inputs that together pass ROTATED_BYTES on a GPU, at least two; one on a CPU. `read` is how many
+    bytes of them a call reads, where that is not all of them in every column."""
     first = make()
     if device.type != "cuda":
         return [first]
-    size = sum(t.numel() * t.element_size() for t in first if isinstance(t, torch.Tensor))
+    size = read or sum(t.numel() * t.element_size() for t in first if isinstance(t, torch.Tensor))
     return [first, *(make() for _ in range(max(1, math.ceil(ROTATED_BYTES / size) - 1)))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -84,19 +84,31 @@ def _share_prologues(matches: list[Match]) -> list[Match]:
             if any(user not in inside for node in m.prologue for user in node.users):
                 share = 0.0
             else:
-                products = {w for other in sharing for w in _weights(other)}
-                share = len(_weights(m)) / len(products)
+                stored = {w for other in sharing if not _packed(other) for w in _weights(other)}
+                products = {w for other in sharing for w in _weights(other, stored)}
+                share = len(_weights(m, stored)) / len(products)
         shared.append(replace(m, prologue_share=share))
     return shared
 
 
-def _weights(match: Match) -> tuple[Node, ...]:
+def _packed(match: Match) -> bool:
+    return isinstance(match.op, (MatmulFamily, MatmulGroup)) and bool(match.op.whole.packed)
+
+
+def _weights(match: Match, stored: Collection[Node] = ()) -> tuple[Node, ...]:
+    """The weights behind a norm. A packed one is the one of `stored`, the weights that others read whole, that is
+    computed from it."""
     op = match.op
     if not isinstance(op, (MatmulFamily, MatmulGroup)) or op.whole.norm is None:
         return ()
+    if _packed(match) and (computed := tuple(n for n in match.site.interior if n in stored)):
+        return computed
     found: list[Node] = []
     at = 1 + op.whole.norm.has_weight + op.whole.norm.has_bias
     for part in op.parts:
-        found += match.site.operands[at : at + part.weights]
-        at += part.weights + len(part.extras)
+        held = [p.operands for p in part.packed] or [1] * part.weights
+        for operands in held:
+            found.append(match.site.operands[at])
+            at += operands
+        at += len(part.extras)
     return tuple(found)

@@ -105,7 +105,7 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
         norm, head, normalised = folded
         prologue = region(view, (normalised,), head)
         families.append(Family(replace(op, norm=norm), site_of(view, output, (*head, *tail)), prologue))
-    rows = _in_rows(view, x_value, dtype, extent(k))
+    rows = _in_rows(view, x_value, x_node, extent(k))
     assert rows is not None, "the product itself reads it in this dtype"
     families.append(Family(op, site_of(view, output, (rows, *tail))))
     far = next((n for f in families for n in f.site.operands if _reaches_far(n)), None)
@@ -185,11 +185,20 @@ def _stored_narrower(weight: Node) -> torch.dtype | None:
     return None
 
 
-def _in_rows(view: SemanticView, x: Value, dtype: torch.dtype, k: object) -> Node | None:
-    """A node that holds `x` in `dtype`: the first that a kernel can read row by row, else the first of all."""
-    held = [n for n in view.nodes(x) if n.meta["val"].dtype == dtype]
-    even = (n for n in held if isinstance(k, int) and row_stride(n.meta["val"], k) is not None)
-    return next(even, next(iter(held), None))
+def _in_rows(view: SemanticView, x: Value, x_node: Node, k: object) -> Node | None:
+    """A node that holds `x` in the dtype of `x_node`, which a product reads: the first that a kernel can read row by
+    row, else the first of all.
+
+    Of that one's views it is the last before the product, so that whatever computes x may be replaced up to there.
+    """
+    held = [n for n in view.nodes(x) if n.meta["val"].dtype == x_node.meta["val"].dtype]
+    even = [n for n in held if isinstance(k, int) and row_stride(n.meta["val"], k) is not None]
+    found = next(iter(even), next(iter(held), None))
+    for node in even:
+        is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+        if node.all_input_nodes == [found] and is_view and node <= x_node:
+            found = node
+    return found
 
 
 def _folded_norm(
@@ -202,7 +211,7 @@ def _folded_norm(
     operands = []
     for position, value in enumerate(x.args):
         # the rows must come in the matmul's own dtype: that is what the kernel was made for
-        node = next(iter(view.nodes(value)), None) if position else _in_rows(view, value, dtype, k)
+        node = next(iter(view.nodes(value)), None) if position else _in_rows(view, value, x_node, k)
         if node is None or (position > 0 and shape_of(node)[-1:] != (k,)):
             return None
         operands.append(node)

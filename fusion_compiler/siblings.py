@@ -1,7 +1,7 @@
 """Finds linears that read one and the same input and give a result each, as the projections to q, k and v do.
 
 Their widths may differ, each may have a bias or another epilogue that reads no tensor of the rows, and a norm in front
-is folded in. Packed weights are one linear already.
+is folded in. A packed q|k|v is one linear already.
 """
 
 from __future__ import annotations
@@ -67,20 +67,26 @@ def find_siblings(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
         for one in linears:
             groups.setdefault((one.op.dtype, extent(one.op.m), one.layout), []).append(one)
         largest = max(groups.values(), key=len)
-        together = _in_time(largest)
-        if 1 < len(together) <= MOST:
-            matches.append(_match(view, together))
+        # weights that are computed after a result is read may be stored in what is there before
+        together, computed = _in_time(largest), _in_time(largest, weights=False)
+        wanted = [together, computed] if len(computed) > len(together) else [together]
+        matches += [_match(view, linears) for linears in wanted if 1 < len(linears) <= MOST]
         for group in groups.values():
             if group is not largest and group[0].op.dtype == largest[0].op.dtype:
                 near_misses += [NearMiss(PATTERN, g.output, _stored(g), g.output) for g in group]
     return matches, near_misses
 
 
-def _in_time(linears: Sequence[_Linear]) -> list[_Linear]:
-    """Without those that read what is only computed after another of the results is read."""
+def _in_time(linears: Sequence[_Linear], *, weights: bool = True) -> list[_Linear]:
+    """Without those that read what is only computed after another of the results is read; their `weights` count too."""
     first = min((user for one in linears for user in one.output.users), default=None)
-    early = [one for one in linears if first is None or all(n < first for n in one.families[-1].site.operands)]
-    return early if len(early) == len(linears) else _in_time(early)
+
+    def read(one: _Linear) -> list[Node]:
+        x, weight, *extras = one.families[-1].site.operands
+        return [x, *([weight] if weights else []), *extras]
+
+    early = [one for one in linears if first is None or all(n < first for n in read(one))]
+    return early if len(early) == len(linears) else _in_time(early, weights=weights)
 
 
 def _stored(linear: _Linear) -> str:

@@ -17,10 +17,10 @@ K, N, GROUP = 128, 48, 64
 class Spelling(torch.nn.Module):
     """Weights drawn once; `weight()` is what they stand for, in float64 [N, K]."""
 
-    def __init__(self, k: int = K, n: int = N) -> None:
+    def __init__(self, k: int = K, n: int = N, seed: int = 0) -> None:
         super().__init__()
         self.k, self.n = k, n
-        self.make(torch.Generator().manual_seed(0))
+        self.make(torch.Generator().manual_seed(seed))
 
     def make(self, g: torch.Generator) -> None:
         raw = q4_0.quantise(torch.randn(self.n, self.k, generator=g) / self.k**0.5)

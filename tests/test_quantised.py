@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import ahead_of_time
@@ -72,8 +73,7 @@ def test_a_row_that_is_no_power_of_two_of_blocks_is_read_to_its_end():
 class GatedMlp(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.up = Split(), Split()
-        self.up.qs.copy_(self.up.qs.flip(0))
+        self.gate, self.up = Split(), Split(seed=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.silu(self.gate(x)) * self.up(x)
@@ -88,6 +88,74 @@ def test_a_gated_pair_is_one_kernel(rows):
     assert decision.pattern == "gated_mlp" and decision.kernel.startswith("triton packed")
     reference = F.silu(x.double() @ model.gate.weight().T) * (x.double() @ model.up.weight().T)
     assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+
+
+class Projections(torch.nn.Module):
+    """Three linears of unequal widths behind a norm, one with a bias."""
+
+    def __init__(self, k: int = K, layer: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = Split(k, 48), Split(k, 16), Split(k, 16, seed=1)
+        self.norm = torch.nn.LayerNorm(k) if layer else torch.nn.RMSNorm(k, eps=1e-5)
+        self.bias = torch.nn.Parameter(torch.randn(48, generator=torch.Generator().manual_seed(2)))
+        with torch.no_grad():
+            for parameter in self.norm.parameters():
+                parameter += torch.randn(k, generator=torch.Generator().manual_seed(3)) / 4
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = self.norm(x)
+        return self.q(h) + self.bias, self.k(h), self.v(h)
+
+    def exact(self, x: torch.Tensor) -> list[torch.Tensor]:
+        norm, bias = copy.deepcopy(self.norm).double(), self.bias.double()
+        h = norm(x.double())
+        return [h @ self.q.weight().T + bias, h @ self.k.weight().T, h @ self.v.weight().T]
+
+
+@pytest.mark.parametrize(("k", "layer", "activations"), [(K, False, "float"), (320, True, "float"), (K, False, "q8_1")])
+def test_a_norm_and_linears_of_one_input_are_one_kernel_for_one_row(k, layer, activations):
+    model, x = Projections(k, layer).to(HALF), torch.randn(1, k, dtype=HALF)
+    out, report = compiled(model, x, machine=FEW, activations=activations)
+    [decision] = report.fused
+    assert decision.pattern == "qkv_projection" and decision.kernel.startswith("triton packed_gemv")
+    told = dict(decision.details)
+    assert (told["folded norm"], told["results"]) == ("layer" if layer else "rms", 3)
+    for ours, eager, exact in zip(out, model(x), model.exact(x), strict=True):
+        allowed = 1.5 * relative(eager, exact) if activations == "float" else 1e-2
+        assert relative(ours, exact) <= allowed
+
+
+def test_linears_of_one_input_are_separate_kernels_for_several_rows():
+    model, x = Projections().to(HALF), torch.randn(3, K, dtype=HALF)
+    out, report = compiled(model, x)
+    assert {d.pattern for d in report.fused} == {"quantised_linear"} and len(report.fused) == 3
+    [together] = [d for d in report.decisions if d.pattern == "qkv_projection"]
+    assert "for one row" in str([option.reason for option in together.candidates])
+    for ours, eager, exact in zip(out, model(x), model.exact(x), strict=True):
+        assert relative(ours, exact) <= 1.5 * relative(eager, exact)
+
+
+class Block(torch.nn.Module):
+    """A norm, a linear, an activation and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = Split(K, K), torch.nn.RMSNorm(K, eps=1e-5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.gelu(self.linear(self.norm(x)))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_residual_and_an_activation_are_written_with_the_product(rows):
+    model, x = Block().to(HALF), torch.randn(rows, K, dtype=HALF)
+    out, report = compiled(model, x, machine=FEW if rows == 1 else SLOW, disable=[])
+    [decision] = report.fused
+    assert decision.pattern == "linear_epilogue" and decision.kernel.startswith("triton packed")
+    assert dict(decision.details).get("folded norm") == ("rms" if rows == 1 else None)
+    h = copy.deepcopy(model.norm).double()(x.double())
+    exact = x.double() + F.gelu(h @ model.linear.weight().T)
+    assert relative(out, exact) <= 1.5 * relative(model(x), exact)
 
 
 def test_blocks_of_18_bytes_are_told_how_to_be_read_faster():

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..algebra import Value
-from ..fused import FusedOp, MatmulFamily, Site
+from ..fused import FusedOp, MatmulFamily, MatmulGroup, Site
 from ..match import Match, NearMiss
 from ..matmul_family import build
 from ..semantics import SemanticView
@@ -20,6 +20,8 @@ from ..sites import outputs_of, site_of
 from ..torch_private.fake_tensors import contents, really
 from .packed import Storage, reads_codes, storage_of
 from .walk import Walk
+
+Matmuls = MatmulFamily | MatmulGroup
 
 PATTERN = "quantised_linear"
 BLOCK_BY_BLOCK = (
@@ -54,21 +56,26 @@ class Reader:
         here = dict(zip(seen, nodes, strict=True))
         return Storage(found.packed, tuple(here[source] for source in found.sources))
 
-    def packed(self, op: MatmulFamily, site: Site) -> tuple[MatmulFamily, Site] | str | None:
-        """The same op on its packed weights."""
-        before = 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
-        weights = site.operands[before : before + op.weights]
-        found = [self.storage(w, op) for w in weights]
-        reason = next((f for f in found if isinstance(f, str)), None)
-        if reason is not None:
-            return reason
-        stored = [f for f in found if isinstance(f, Storage)]
-        if not stored or len(stored) < len(found):
+    def packed(self, op: Matmuls, site: Site) -> tuple[Matmuls, Site] | str | None:
+        """The same op on its packed weights; a sentence or None where not all of them are packed."""
+        norm = op.whole.norm
+        at = 1 + (norm is not None and norm.has_weight) + (norm is not None and norm.has_bias)
+        operands, parts, missing = [*site.operands[:at]], [], False
+        for part in op.parts:
+            weights, extras = at + part.weights, at + part.weights + len(part.extras)
+            found = [self.storage(w, part) for w in site.operands[at:weights]]
+            reason = next((f for f in found if isinstance(f, str)), None)
+            if reason is not None:
+                return reason
+            stored = [f for f in found if isinstance(f, Storage)]
+            missing |= not stored or len(stored) < len(found)
+            parts.append(replace(part, packed=tuple(f.packed for f in stored), weight_is_kn=False, computed_from=None))
+            operands += [*(s for f in stored for s in f.sources), *site.operands[weights:extras]]
+            at = extras
+        if missing:
             return None
-        sources = tuple(s for f in stored for s in f.sources)
-        operands = (*site.operands[:before], *sources, *site.operands[before + op.weights :])
-        made = replace(op, packed=tuple(f.packed for f in stored), weight_is_kn=False, computed_from=None)
-        return made, site_of(self.view, site.output, operands)
+        made = MatmulGroup(op.m, tuple(parts)) if isinstance(op, MatmulGroup) else parts[0]
+        return made, site_of(self.view, site.output, tuple(operands), site.others)
 
 
 def _reader(view: SemanticView) -> Reader:
@@ -154,8 +161,8 @@ def _whole(view: SemanticView, linear: Value) -> Value:
 
 
 def with_packed_weights(view: SemanticView, matches: Iterable[Match], *, q8_activations: bool = False) -> list[Match]:
-    """`matches`, those around linears with packed weights (a gated MLP) offered on these too; with `q8_activations`
-    each is also offered with its input rounded to 8 bits."""
+    """`matches`, those around linears with packed weights (a gated MLP, projections of one input) offered on these too;
+    with `q8_activations` each is also offered with its input rounded to 8 bits."""
     matches = list(matches)
     found = {m.site.output for m in matches if m.pattern == PATTERN}
     if not found:
@@ -165,11 +172,18 @@ def with_packed_weights(view: SemanticView, matches: Iterable[Match], *, q8_acti
     for match in matches:
         forms = [(match.op, match.site), *match.alternatives]
         more: list[tuple[FusedOp, Site]] = []
-        if match.site.output not in found:
-            made = [reader.packed(op, site) for op, site in forms if isinstance(op, MatmulFamily)]
+        if match.site.output not in found or isinstance(match.op, MatmulGroup):
+            made = [reader.packed(op, site) for op, site in forms if isinstance(op, Matmuls)]
             more += [m for m in made if isinstance(m, tuple)]
         if q8_activations:
-            packed = [(op, site) for op, site in (*forms, *more) if isinstance(op, MatmulFamily) and op.packed]
-            more += [(replace(op, q8_activations=True), site) for op, site in packed]
+            packed = [(op, site) for op, site in (*forms, *more) if isinstance(op, Matmuls) and op.whole.packed]
+            more += [(_rounding(op), site) for op, site in packed]
         result.append(replace(match, alternatives=(*more, *match.alternatives)) if more else match)
     return result
+
+
+def _rounding(op: Matmuls) -> Matmuls:
+    """The same op with Q8_1 activations."""
+    if isinstance(op, MatmulGroup):
+        return replace(op, parts=tuple(replace(part, q8_activations=True) for part in op.parts))
+    return replace(op, q8_activations=True)

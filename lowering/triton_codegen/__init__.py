@@ -19,7 +19,7 @@ class TritonCodegen:
     name: str = "triton"
 
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
-        if isinstance(op, MatmulFamily) and op.packed:
+        if isinstance(op, (MatmulFamily, MatmulGroup)) and op.whole.packed:
             return packed_linear.candidates(op, machine)
         if isinstance(op, (MatmulFamily, MatmulGroup)):
             k = op.whole.k

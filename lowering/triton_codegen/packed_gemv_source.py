@@ -4,13 +4,19 @@ x is made of integers on chip, once in a program, which then walks over tiles of
 per block of 32, x ≈ step · (128 · coarse + fine) with steps of 1/16256 of the block's maximum, two digits of 8 bits
 that err less than float16 does; or, as ggml has it (Q8_1), one digit in steps of 1/127. A thread holds whole blocks, so
 that what belongs to a block is summed as integers inside of it. The next tile is asked for before this one is used.
+
+A norm in front costs a sum over a row that is in registers already. Linears of one input follow each other in the walk:
+a tile belongs to one of them, whose weight it reads and whose result it writes.
 """
 
 from __future__ import annotations
 
-from ...fused import MatmulFamily, Packed
+import functools
+
+from ...algebra import Value
+from ...fused import MatmulFamily, MatmulGroup
 from .plans import Plan
-from .pointwise import print_pointwise
+from .pointwise import literal, print_pointwise
 from .writer import INDENT, KernelSource
 
 _NATIVE = """@triton.jit
@@ -54,24 +60,46 @@ def blocks_of(op: MatmulFamily) -> int:
 class PackedGemv:
     """The text for a plan: `block_n` features per tile, in a grid of `programs`."""
 
-    def __init__(self, op: MatmulFamily, plan: Plan, programs: int, *, native: bool) -> None:
-        self.op, self.plan, self.programs, self.native = op, plan, programs, native
-        self.blocks = blocks_of(op)
-        self.even = self.blocks * 32 == int(op.k)
-        self.digits = ("coarse",) if op.q8_activations else ("fine", "coarse")
+    def __init__(self, op: MatmulFamily | MatmulGroup, plan: Plan, programs: int, *, native: bool) -> None:
+        self.op, self.parts, self.plan, self.programs, self.native = op.whole, op.parts, plan, programs, native
+        self.packed = self.op.packed[0]  # all are laid out alike
+        self.blocks = blocks_of(self.op)
+        self.even = self.blocks * 32 == int(self.op.k)
+        self.digits = ("coarse",) if self.op.q8_activations else ("fine", "coarse")
         self.lines: list[str] = []
-        held = [name for i in range(op.weights) for name in (f"w{i}", f"s{i}")]
-        self.tensors = ("x", *held, *(f"extra{j}" for j in range(len(op.extras))), "out")
+        norm = self.op.norm
+        held = [name for p in range(len(self.parts)) for name in self.read_by(p)]
+        self.outputs = tuple(f"out{p}" for p in range(len(self.parts))) if self.several else ("out",)
+        before = [*(["norm_weight"] if norm and norm.has_weight else [])]
+        before += ["norm_bias"] if norm and norm.has_bias else []
+        self.tensors = ("x", *before, *held, *self.outputs)
+
+    @property
+    def several(self) -> bool:
+        return len(self.parts) > 1
+
+    def numbered(self, p: int, j: int) -> int:
+        """The number that the j-th extra of part p has among all extras."""
+        return sum(len(part.extras) for part in self.parts[:p]) + j
+
+    def read_by(self, p: int) -> list[str]:
+        """The names of the weights, scales and extras of part p."""
+        part = self.parts[p]
+        weights = [name for i in range(p, p + part.weights) for name in (f"w{i}", f"s{i}")]
+        return [*weights, *(f"extra{self.numbered(p, j)}" for j in range(len(part.extras)))]
+
+    def begin(self, p: int) -> int:
+        """The place of part p's first feature in the walk over all of them."""
+        return sum(int(part.n) for part in self.parts[:p])
 
     def emit(self, *lines: str, level: int = 1) -> None:
         self.lines.extend(INDENT * level + line for line in lines)
 
     def write(self) -> KernelSource:
-        n, step = int(self.op.n), self.plan.block_n * self.programs
+        n, step = self.begin(len(self.parts)), self.plan.block_n * self.programs
         self.emit(f"b = tl.arange(0, {self.blocks})", "j = tl.arange(0, 4)", f"r = tl.arange(0, {self.plan.block_n})")
         self.emit(f"first = tl.program_id(0) * {self.plan.block_n}")
-        for i, packed in enumerate(self.op.packed):
-            self.pointers(i, packed)
+        self.pointers()
         self.ask("first", level=1)
         self.digits_of_x()
         self.emit(f"for at in range(first, {n}, {step}):")
@@ -81,47 +109,60 @@ class PackedGemv:
         self.ask("following", level=2)
         self.products()
         self.store()
-        name = f"packed{self.op.weights}_gemv"
+        norm = f"{self.op.norm.kind}_norm_" if self.op.norm else ""
+        name = f"{norm}packed{'s' if self.several else ''}{max(len(self.parts), self.op.weights)}_gemv"
         head = [
             (_NATIVE if self.native else _PORTABLE) + _SHARED,
             "@triton.jit",
             f"def {name}({', '.join(self.tensors)}):",
         ]
         text = "\n".join(["import triton", "import triton.language as tl", "", *head, *self.lines]) + "\n"
-        return KernelSource(text, name, self.tensors, False, ("out",))
+        return KernelSource(text, name, self.tensors, False, self.outputs)
 
     # ---- weights -------------------------------------------------------------------------------
-    def pointers(self, i: int, packed: Packed) -> None:
-        scale = packed.scale
+    def pointers(self) -> None:
+        """Each weight's codes and scales as pointers, and where the elements of a tile lie behind them."""
+        scale = self.packed.scale
         assert scale is not None
-        codes = f"w{i}.to(tl.pointer_type(tl.uint8)) + {packed.first}"
-        if packed.block == 16:
-            at = f"r[:, None, None] * {packed.row // 4} + b[None, :, None] * 4 + j[None, None, :]"
-            self.emit(f"w{i}_at = ({codes}).to(tl.pointer_type(tl.int32)) + {at}")
-        else:
-            at = f"r[:, None] * {packed.row // 2} + b[None, :] * {packed.block // 2}"
-            self.emit(f"w{i}_at = ({codes}).to(tl.pointer_type(tl.uint16)) + {at}")
+        unit = "int32" if self.packed.block == 16 else "uint16"
         kind = str(scale.dtype).replace("torch", "tl")
-        at = f"{scale.first} + r[:, None] * {scale.row} + b[None, :] * {scale.step}"
-        self.emit(f"s{i}_at = s{i}.to(tl.pointer_type({kind})) + {at}")
+        for i, packed in enumerate(p for part in self.parts for p in part.packed):
+            assert packed.scale is not None
+            codes = f"w{i}.to(tl.pointer_type(tl.uint8)) + {packed.first}"
+            self.emit(f"w{i}_from = ({codes}).to(tl.pointer_type(tl.{unit}))")
+            self.emit(f"s{i}_from = s{i}.to(tl.pointer_type({kind})) + {packed.scale.first}")
+        if self.packed.block == 16:
+            at = f"r[:, None, None] * {self.packed.row // 4} + b[None, :, None] * 4 + j[None, None, :]"
+        else:
+            at = f"r[:, None] * {self.packed.row // 2} + b[None, :] * {self.packed.block // 2}"
+        self.emit(f"codes_in_tile = {at}", f"scales_in_tile = r[:, None] * {scale.row} + b[None, :] * {scale.step}")
 
     def ask(self, place: str, level: int) -> None:
         """Loads of the tile of weights at `place`."""
         plain = "" if self.even else f", mask=b[None, :] < {int(self.op.k) // 32}, other=0"
-        whole = "" if self.even else f", mask=b[None, :, None] < {int(self.op.k) // 32}, other=0"
+        whole = plain.replace("[None, :]", "[None, :, None]")
         policy = ', eviction_policy="evict_first"'
-        for i, packed in enumerate(self.op.packed):
+        packed, scale = self.packed, self.packed.scale
+        assert scale is not None
+        if self.several:
+            self.emit(f"w_from, s_from, row = w0_from, s0_from, {place}", level=level)
+            for p in range(1, len(self.parts)):
+                chosen = f"w_from, s_from, row = w{p}_from, s{p}_from, {place} - {self.begin(p)}"
+                self.emit(f"if {place} >= {self.begin(p)}:", INDENT + chosen, level=level)
+        for i in range(self.op.weights):
+            w, s, row = ("w_from", "s_from", "row") if self.several else (f"w{i}_from", f"s{i}_from", place)
             if packed.block == 16:
-                self.emit(f"w{i}_next = tl.load(w{i}_at + {place} * {packed.row // 4}{whole}{policy})", level=level)
+                at = f"{w} + ({row} * {packed.row // 4} + codes_in_tile)"
+                self.emit(f"w{i}_next = tl.load({at}{whole}{policy})", level=level)
             else:  # only half words are aligned; they stay in the thread that joins them
-                at = f"w{i}_at + {place} * {packed.row // 2}"
+                at = f"{w} + ({row} * {packed.row // 2} + codes_in_tile)"
                 halves = [f"tl.load({at} + {h}{plain}).to(tl.int32)" for h in range(8)]
                 for q in range(4):
                     self.emit(f"word{q} = {halves[2 * q]} | ({halves[2 * q + 1]} << 16)", level=level)
                 joined = "tl.join(tl.join(word0, word2), tl.join(word1, word3))"
                 self.emit(f"w{i}_next = tl.reshape({joined}, ({self.plan.block_n}, {self.blocks}, 4))", level=level)
-            assert packed.scale is not None
-            self.emit(f"s{i}_next = tl.load(s{i}_at + {place} * {packed.scale.row}{plain}{policy})", level=level)
+            at = f"{s} + ({row} * {scale.row} + scales_in_tile)"
+            self.emit(f"s{i}_next = tl.load({at}{plain}{policy})", level=level)
 
     # ---- x -------------------------------------------------------------------------------------
     def digits_of_x(self) -> None:
@@ -131,13 +172,14 @@ class PackedGemv:
         for part, offset in zip(FOURS, (0, 4), strict=True):
             self.emit(f"four = tl.load(x_at + {offset}{inside})")
             self.emit(*(f"{name} = element(four, {e}, x)" for e, name in enumerate(names[part])))
-        self.emit("largest = tl.abs(low0)")
         everything = [*names["low"], *names["high"]]
+        self.normalise({name: e % 4 + e // 4 * 16 for e, name in enumerate(everything)}, inside)
+        self.emit("largest = tl.abs(low0)")
         self.emit(*(f"largest = tl.maximum(largest, tl.abs({name}))" for name in everything[1:]))
         self.emit(f"step = tl.max(largest, 1) / {127.0 if self.op.q8_activations else 16256.0}")
         self.emit("inverse = tl.where(step == 0, 0.0, 1 / step)[:, None]")
         self.emit(*(f"{name} = rounded({name}, inverse)" for name in everything))
-        self.emit(f"total = tl.sum({' + '.join(everything)}, 1)[None, :] * {int(self.op.packed[0].zero)}")  # type: ignore[arg-type]
+        self.emit(f"total = tl.sum({' + '.join(everything)}, 1)[None, :] * {int(self.packed.zero)}")  # type: ignore[arg-type]
         taken = {"fine": "{} & 127", "coarse": "{}" if self.op.q8_activations else "{} >> 7"}
         for digit in self.digits:
             for part in FOURS:
@@ -145,6 +187,27 @@ class PackedGemv:
                 self.emit(f"{digit}_{part} = word({elements})[None, :, :]")
         # a scale of Q8_1 is stored in float16
         self.emit(f"step = step{'.to(tl.float16).to(tl.float32)' if self.op.q8_activations else ''}[None, :]")
+
+    def normalise(self, offsets: dict[str, int], inside: str) -> None:
+        """The norm in front of the elements of x, whose places from the first of their fours `offsets` gives."""
+        norm, k = self.op.norm, int(self.op.k)
+        if norm is None:
+            return
+        if norm.kind == "layer":
+            self.emit(f"mean = tl.sum(tl.sum({' + '.join(offsets)}, 1), 0) / {k}")
+            for name in offsets:
+                centred = f"{name} - mean"
+                self.emit(f"{name} = " + (f"tl.where(b[:, None] < {k // 32}, {centred}, 0.0)" if inside else centred))
+        squares = " + ".join(f"{name} * {name}" for name in offsets)
+        self.emit(f"rstd = tl.rsqrt(tl.sum(tl.sum({squares}, 1), 0) / {k} + {literal(norm.eps)})")
+        self.emit("k = b[:, None] * 32 + j[None, :] * 4")
+        for name, offset in offsets.items():
+            factor, added = "rstd", ""
+            if norm.has_weight:
+                factor = f"(tl.load(norm_weight + k + {offset}{inside}).to(tl.float32) + {literal(norm.offset)}) * rstd"
+            if norm.has_bias:
+                added = f" + tl.load(norm_bias + k + {offset}{inside}).to(tl.float32)"
+            self.emit(f"{name} = {name} * ({factor}){added}")
 
     def products(self) -> None:
         for i in range(self.op.weights):
@@ -155,14 +218,22 @@ class PackedGemv:
             dots = "coarse" if self.op.q8_activations else "fine + coarse * 128"
             self.emit(f"acc{i} = tl.sum(({dots} - total).to(tl.float32) * (s{i}_now * step), 1)", level=2)
 
-    # ---- the result ----------------------------------------------------------------------------
+    # ---- the results ---------------------------------------------------------------------------
     def store(self) -> None:
-        self.emit("n = at + r", level=2)
-        for j, extra in enumerate(self.op.extras):
-            first = f"{extra.first} + " if extra.first else ""
-            at = {"full": "n", "col": f"{first}n", "row": "0", "scalar": "0"}[extra.kind]
-            self.emit(f"e{j} = tl.load(extra{j} + {at}).to(tl.float32)", level=2)
-        lines, result = print_pointwise(
-            self.op.epilogue, lambda leaf: f"{'acc' if leaf.op == 'acc' else 'e'}{leaf.attr('index')}", "t"
-        )
-        self.emit(*lines, f"tl.store(out + n, {result})", level=2)
+        for p, part in enumerate(self.parts):
+            level, begin = 2, self.begin(p)
+            if self.several:
+                self.emit(f"if (at >= {begin}) & (at < {self.begin(p + 1)}):", level=2)
+                level = 3
+            self.emit(f"n = at - {begin} + r" if begin else "n = at + r", level=level)
+            for j, extra in enumerate(part.extras):
+                first = f"{extra.first} + " if extra.first else ""
+                place = {"full": "n", "col": f"{first}n", "row": "0", "scalar": "0"}[extra.kind]
+                e = self.numbered(p, j)
+                self.emit(f"e{e} = tl.load(extra{e} + {place}).to(tl.float32)", level=level)
+            lines, result = print_pointwise(part.epilogue, functools.partial(self.leaf, p), "t")
+            self.emit(*lines, f"tl.store({self.outputs[p]} + n, {result})", level=level)
+
+    def leaf(self, p: int, leaf: Value) -> str:
+        index = int(leaf.attr("index"))
+        return f"acc{index}" if leaf.op == "acc" else f"e{self.numbered(p, index)}"

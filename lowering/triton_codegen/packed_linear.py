@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -16,7 +17,7 @@ from ...fused import MatmulFamily, PerGroup, Site
 from ...machine import Machine
 from ...splice import load_kernel
 from . import packed_predict
-from .matmul import rows_of
+from .matmul import Matmuls, rows_of
 from .packed_gemv_source import PackedGemv
 from .packed_source import PackedSwap
 from .plans import Plan
@@ -35,10 +36,11 @@ UNALIGNED = (
     "blocks of 18 bytes are aligned to nothing and are read two bytes at a time; fc.ggml.split(model) stores codes and "
     "scales apart, in as many bytes, and takes about half the time"
 )
+FRACTIONS = "activations as 15-bit fractions of their block"
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavailable:
+def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
     """The kernel for one row where it serves, and the best tile for each range of M."""
     refusal = _refusal(op, machine)
     if refusal is not None:
@@ -48,9 +50,10 @@ def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavaila
     plan = packed_predict.gemv_plan(op)
     if m == 1 and plan is not None and _for_gemv(op):
         found.append(_gemv_candidate(op, machine, plan))
-    if op.q8_activations:
-        few = "Q8_1 activations are multiplied with Q4_0 weights for one row in this kernel"
-        return found or Unavailable(f"{few}, and M is {m}")
+    limited = _one_row_only(op)
+    if limited:
+        return found or Unavailable(f"{limited}, and M is {m}")
+    assert isinstance(op, MatmulFamily)
     for limit in [m] if isinstance(m, int) else ROW_LIMITS:
         tiles = packed_predict.tiles(op, machine, limit)
         if tiles.fitting:
@@ -60,30 +63,43 @@ def candidates(op: MatmulFamily, machine: Machine) -> list[Candidate] | Unavaila
     return found or Unavailable(f"no tile divides K = {op.k} and its groups evenly")
 
 
-def _for_gemv(op: MatmulFamily) -> bool:
-    """Whether all weights are Q4_0, with codes and scales aligned as the kernel reads them."""
-    for packed in op.packed:
+def _one_row_only(op: Matmuls) -> str:
+    """What the kernel for one row does and tiles do not."""
+    if op.whole.q8_activations:
+        return "Q8_1 activations are multiplied with Q4_0 weights for one row in this kernel"
+    if op.whole.norm is not None:
+        return "a norm is folded in front of packed weights for one row, where the row is in registers anyway"
+    return "packed weights of one input share a launch for one row" if len(op.parts) > 1 else ""
+
+
+def _for_gemv(op: Matmuls) -> bool:
+    """Whether all weights are Q4_0 and laid out alike, with codes and scales aligned as the kernel reads them."""
+    first = op.whole.packed[0]
+    for packed in (p for part in op.parts for p in part.packed):
         scale, unit = packed.scale, 4 if packed.block == 16 else 2
         blocks = packed.order == "halves" and scale is not None and scale.group == 32
         if not blocks or isinstance(packed.zero, PerGroup) or packed.first % unit or packed.row % unit:
             return False
+        assert scale is not None
+        if replace(packed, first=0, scale=replace(scale, first=0)) != replace(
+            first, first=0, scale=first.scale and replace(first.scale, first=0)
+        ):
+            return False
     return True
 
 
-def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
+def _refusal(op: Matmuls, machine: Machine) -> str | None:
     if machine.kind == "cpu":
         return "Triton kernels are generated for GPUs"
     if machine.kind == "cuda" and machine.capability < 80:
         return f"{machine.name} ({machine.arch}) has no matrix instructions that Triton reaches"
     if op.dtype not in DTYPES:
         return f"kernels multiply packed weights with float16 and bfloat16 activations, not {op.dtype}; cast the input"
-    narrow = next((p.float8 for p in op.packed if p.float8 is not None), None)
+    narrow = next((p.float8 for part in op.parts for p in part.packed if p.float8 is not None), None)
     if narrow is not None and not (machine.kind == "cuda" and machine.capability >= 89):
         return f"{machine.name} ({machine.arch}) has no instructions that widen {narrow}"
-    if op.norm is not None:
-        return "kernels for packed weights do not fold the norm in front yet"
-    m, k, n = amount(op.m), amount(op.k), amount(op.n)
-    if not isinstance(k, int) or not isinstance(n, int):
+    m, k = amount(op.m), amount(op.whole.k)
+    if not isinstance(k, int) or not all(isinstance(amount(part.n), int) for part in op.parts):
         return "K and N are symbolic: mark only the rows of the input as dynamic"
     if k % packed_predict.SHORTEST:
         return f"K = {k}: a tile holds a multiple of {packed_predict.SHORTEST} elements of K"
@@ -92,8 +108,8 @@ def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
             f"M = {m}: beyond {MOST_ROWS} rows arithmetic is the limit, and a weight that is dequantised once for the "
             "vendor's GEMM is faster"
         )
-    first = op.packed[0]
-    for packed in op.packed:
+    first = op.whole.packed[0]
+    for n, packed in ((int(part.n), p) for part in op.parts for p in part.packed):
         if packed.order != first.order:
             return f"one weight has its codes in {first.order}, another in {packed.order}; pack both the same way"
         if not isinstance(packed.zero, PerGroup) and (packed.zero != first.zero or packed.zero not in range(16)):
@@ -104,7 +120,7 @@ def _refusal(op: MatmulFamily, machine: Machine) -> str | None:
         for held in (packed.scale, packed.zero):
             if isinstance(held, PerGroup) and (held.group % least or k % held.group):
                 return f"groups of {held.group} elements do not divide K = {k}, or are shorter than {least}"
-    return unsupported(op.epilogue)
+    return next(filter(None, (unsupported(part.epilogue) for part in op.parts)), None)
 
 
 def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, limit: int) -> Candidate:
@@ -131,7 +147,7 @@ def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, 
     )
 
 
-def _gemv_candidate(op: MatmulFamily, machine: Machine, plan: Plan) -> Candidate:
+def _gemv_candidate(op: Matmuls, machine: Machine, plan: Plan) -> Candidate:
     programs = packed_predict.gemv_programs(op, plan, machine)
     return Candidate(
         name="triton_packed_gemv",
@@ -140,15 +156,17 @@ def _gemv_candidate(op: MatmulFamily, machine: Machine, plan: Plan) -> Candidate
         seconds=packed_predict.gemv_seconds(op, plan, machine),
         emit=functools.partial(emit_gemv, op, plan, programs, machine.kind == "cuda" and not interpreted()),
         details=(
-            ("numerics", "Q8_1 activations" if op.q8_activations else "activations as 15-bit fractions of their block"),
+            ("numerics", "Q8_1 activations" if op.whole.q8_activations else FRACTIONS),
+            ("folded norm", op.whole.norm.kind if op.whole.norm else "none"), ("results", len(op.parts)),
             ("block_n", plan.block_n), ("num_warps", plan.num_warps), ("blocks", programs), *_layout(op),
         ),
     )  # fmt: skip
 
 
-def _layout(op: MatmulFamily) -> tuple[tuple[str, str], ...]:
+def _layout(op: Matmuls) -> tuple[tuple[str, str], ...]:
     """What the user can do about how the weights lie."""
-    return (("layout", UNALIGNED),) if any(p.order == "halves" and p.block != 16 for p in op.packed) else ()
+    unaligned = any(p.order == "halves" and p.block != 16 for part in op.parts for p in part.packed)
+    return (("layout", UNALIGNED),) if unaligned else ()
 
 
 def interpreted() -> bool:
@@ -158,7 +176,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Site) -> Node:
+def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
     """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
     source = PackedSwap(op, plan, facts(op, plan), native=native).write()
     x_stride, x = rows_of(builder, site.operands[0], int(op.k))
@@ -170,28 +188,32 @@ def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Sit
     return _launched(op, plan, source, grid, x, {**rows, **constants}, builder, site)
 
 
-def emit_gemv(op: MatmulFamily, plan: Plan, programs: int, native: bool, builder: Builder, site: Site) -> Node:
-    """The same for the kernel for one row, which is read eight bytes at a time."""
+def emit_gemv(
+    op: Matmuls, plan: Plan, programs: int, native: bool, builder: Builder, site: Site
+) -> Node | tuple[Node, ...]:
+    """The same for the kernel for one row, which is read eight bytes at a time; a node for each of several results."""
     source = PackedGemv(op, plan, programs, native=native).write()
-    _, x = rows_of(builder, site.operands[0], int(op.k))
+    _, x = rows_of(builder, site.operands[0], int(op.whole.k))
     return _launched(op, plan, source, programs, _aligned(builder, x), {}, builder, site)
 
 
 def _launched(
-    op: MatmulFamily, plan: Plan, source: KernelSource, programs: int, x: Node, rest: dict[str, Any], builder: Builder,
+    op: Matmuls, plan: Plan, source: KernelSource, programs: int, x: Node, rest: dict[str, Any], builder: Builder,
     site: Site,
-) -> Node:  # fmt: skip
-    value = site.output.meta["val"]
-    out = builder.empty(list(value.shape), op.out_dtype, value.device)
-    stored = 1 + sum(p.operands for p in op.packed)
-    weights = [_aligned(builder, node) for node in site.operands[1:stored]]
-    extras = [builder.contiguous(node) for node in site.operands[stored:]]
-    arguments = dict(zip(source.tensors, [x, *weights, *extras, out], strict=True))
+) -> Node | tuple[Node, ...]:  # fmt: skip
+    values = [output.meta["val"] for output in site.outputs]
+    outs = [builder.empty(list(v.shape), p.out_dtype, v.device) for v, p in zip(values, op.parts, strict=True)]
+    operands = [x]
+    for name, node in zip(source.tensors[1:], site.operands[1:], strict=False):  # the outputs come last
+        stored = name[0] in "wsz" and name[1:].isdigit()
+        operands.append(_aligned(builder, node) if stored else builder.contiguous(node))
+    arguments = dict(zip(source.tensors, [*operands, *outs], strict=True))
     launched = builder.triton(
-        load_kernel(source.text, source.name), [programs], {**arguments, **rest}, ["out"],
+        load_kernel(source.text, source.name), [programs], {**arguments, **rest}, list(source.outputs),
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
-    return launched["out"]
+    made = tuple(launched[name] for name in source.outputs)
+    return made if len(made) > 1 else made[0]
 
 
 def _aligned(builder: Builder, node: Node) -> Node:

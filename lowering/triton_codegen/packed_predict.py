@@ -21,12 +21,14 @@ import sympy
 
 from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
-from ...fused import MatmulFamily, PerGroup
+from ...fused import MatmulFamily, MatmulGroup, PerGroup
 from ...machine import Machine
 from .packed_gemv_source import blocks_of
 from .plans import Plan
 from .predict import power_of_two
 from .shared_memory import within
+
+Matmuls = MatmulFamily | MatmulGroup
 
 SHORTEST = 64  # elements of K in a tile
 GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
@@ -68,18 +70,18 @@ def plans(op: MatmulFamily, rows: int) -> list[Plan]:
     return found
 
 
-def gemv_plan(op: MatmulFamily) -> Plan | None:
+def gemv_plan(op: Matmuls) -> Plan | None:
     """The tile of the kernel for one row: so many features that a thread asks for GEMV_BYTES of weights at once."""
-    blocks = blocks_of(op)
-    block_n = max(1, 4 // op.weights)
-    warps = max(1, blocks * block_n * op.weights * 16 // (32 * GEMV_BYTES))
-    if int(op.n) % block_n or warps > GEMV_WARPS:
+    blocks, weights = blocks_of(op.whole), op.whole.weights
+    block_n = max(1, 4 // weights)
+    warps = max(1, blocks * block_n * weights * 16 // (32 * GEMV_BYTES))
+    if any(int(part.n) % block_n for part in op.parts) or warps > GEMV_WARPS:
         return None
     return Plan("gemv", 1, block_n, blocks * 32, warps)
 
 
-def gemv_programs(op: MatmulFamily, plan: Plan, machine: Machine) -> int:
-    return min(int(op.n) // plan.block_n, machine.num_sms * max(1, GEMV_WARPS // plan.num_warps))
+def gemv_programs(op: Matmuls, plan: Plan, machine: Machine) -> int:
+    return min(int(op.whole.n) // plan.block_n, machine.num_sms * max(1, GEMV_WARPS // plan.num_warps))
 
 
 def shared_memory(op: MatmulFamily, plan: Plan) -> int:
@@ -106,16 +108,18 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     return float(machine.launch_overhead + slower * work)
 
 
-def gemv_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:
+def gemv_seconds(op: Matmuls, plan: Plan, machine: Machine) -> float:
     """Predicted time of one launch of the kernel for one row."""
     known = constants()["gemv"]
     traffic = matmul_traffic(op)
-    tiles_ = int(op.n) / plan.block_n
+    whole = op.whole
+    tiles_ = int(whole.n) / plan.block_n
     programs = gemv_programs(op, plan, machine)
     rounds = math.ceil(tiles_ / programs) * programs / tiles_
     memory = float(sympy.sympify(traffic.bytes_read + traffic.bytes_written)) * rounds / machine.memory_bandwidth
-    unaligned = known["unaligned"] if any(p.block != 16 for p in op.packed) else 1.0
-    start = known["start"] + (0.0 if op.q8_activations else known["second_digit"])
+    unaligned = known["unaligned"] if any(p.block != 16 for p in whole.packed) else 1.0
+    start = known["start"] + (0.0 if whole.q8_activations else known["second_digit"])
+    start += known["norm"] if whole.norm is not None else 0.0
     # programs of many warps wait for each other at the end of each tile
     per_byte = known["per_byte"][str(max(4, power_of_two(plan.num_warps)))]
     return float(start + machine.launch_overhead + per_byte * unaligned * memory)
