@@ -46,6 +46,8 @@ def find_like(name: str, like: Attention, refusal: Refusal, gm: GraphModule) -> 
 
 def unlike(like: Attention, op: Attention) -> str | None:
     """Where the scores of `op` are modified otherwise than those of the declared pattern, in a sentence."""
+    if op.logarithm is not None:
+        return "the logarithm of the sums is read here too, which the pattern does not give"
     if (like.softcap is None) != (op.softcap is None):
         capped = f"capped at {op.softcap:g}" if op.softcap is not None else "not capped"
         return f"the scores are {capped} here, otherwise than in the pattern; declare another one for these"

@@ -20,18 +20,20 @@ from ..match import Match, NearMiss
 from ..sites import staying
 from . import arrangements, axes
 from .axes import Atom, View
-from .contraction import PADDING, Contraction, Operand, contraction
+from .contraction import Contraction, Operand, contraction
 from .index_functions import Indexer
 from .late_division import LateDivision, divided_later
 from .limits import Extents
 from .masks import HIDDEN, Proof, Term, prove
 from .modifications import modification, says_more
+from .readers import leads_to_product, readers, zeroes_hidden_rows
 from .refusals import NotAttention, UnlikeRepeats, also_read, between_scores_and, changed
 from .roles import Geometry, Parts
 from .scores import MaskSite, Obstacle, Scores, scaled, scaled_by, scores
 from .sdpa_calls import Call, call
 from .sinks import without_sink
-from .softmax import Softmax, more_than_their_sum, softmax, uncast
+from .softmax import Softmax, more_than_their_sum, softmax
+from .statistics import logarithm, unknown_logarithm
 from .storage import as_stored
 
 PATTERN = "attention"
@@ -85,19 +87,19 @@ class _Finder:
             )
         found = softmax(node)
         found, division = (found, None) if found is not None else divided_later(node) or (None, None)
-        if found is None and more_than_their_sum(node) and _products(node)[0]:
+        if found is None and more_than_their_sum(node) and readers(node)[0]:
             raise NotAttention(
                 node,
                 f"{node.name} divides exponentials by more than their sum, so this is no softmax; a key and a value of "
                 "zeros (MultiheadAttention's add_zero_attn) give exp / (1 + sum) with one",
             )
-        if found is None or any(_zeroes_hidden_rows(u, node) for u in node.users):
+        if found is None or any(zeroes_hidden_rows(u, node) for u in node.users):
             return None
         if (beside := without_sink(found)) is not None:
             found, node = beside[0], beside[0].node
-        products, strangers = _products(node)
+        products, strangers = readers(node)
         strangers = [s for s in strangers if division is None or s is not division.total]
-        altered = None if products else next((s for s in strangers if _leads_to_product(s)), None)
+        altered = None if products else next((s for s in strangers if leads_to_product(s)), None)
         if not products and altered is None:
             return None
         above = scores(found.scores)
@@ -149,11 +151,13 @@ class _Finder:
                 "probabilities before they meet the values makes this a softmax",
             )
         border = [first.node, *(m.node for m in above.masks), *(f.node for f in above.factors)]
-        chain = (first.node, *_between(p.node, border))
+        total = logarithm(found)
+        chain = (first.node, *_between(p.node, border), *(_between(total, border) if total is not None else ()))
         return Parts(
             found.node, product, extents, keys, query_axes[0] if query_axes else None, q, k, v, p,
             over_scores, above.scale, above.softcap, above.masks, total=found.total, chain=chain,
             factors=above.factors, quotient=division.quotient if division is not None else None,
+            logarithm=MaskSite(total, above.view) if total is not None else None,
         )  # fmt: skip
 
     def _of_call(self, found: Call) -> Parts:
@@ -228,13 +232,30 @@ class _Finder:
             )
         if parts.vendor and not parts.masks and k is parts.k.node:
             raise NotAttention(parts.root, f"{parts.root.name} is a fused attention already, with nothing to add")
-        interior = _between(output, operands)
+        interior, outputs = _between(output, operands), [output]
+        if parts.logarithm is not None and (both := _also(parts.logarithm.node, interior, operands)) is not None:
+            op = self._with_logarithm(op, parts.logarithm, geometry, output)
+            interior, outputs = both, sorted((output, parts.logarithm.node), reverse=True)
         inside = set(interior)
-        held = next((n for n in parts.chain if n in inside - {output} and not inside.issuperset(n.users)), None)
+        held = next(
+            (n for n in parts.chain if n in inside.difference(outputs) and not inside.issuperset(n.users)), None
+        )
         if held is not None:
             reader = next(u for u in held.users if u not in inside)
             raise NotAttention(held, f"{held.name} is also read by {reader.name}, so the scores are written out anyway")
-        return Match(PATTERN, op, Site(tuple(operands), output, interior, staying(interior, (output,))))
+        escaping = staying(interior, outputs)
+        return Match(PATTERN, op, Site(tuple(operands), outputs[0], interior, escaping, tuple(outputs[1:])))
+
+    def _with_logarithm(self, op: Attention, site: MaskSite, geometry: Geometry, output: Node) -> Attention:
+        """`op` with the logarithm of the sums as a second result."""
+        if refusal := unknown_logarithm(op):
+            raise NotAttention(site.node, f"{site.node.name} is read too, and {refusal}")
+        arranged = geometry.statistic(site)
+        if arranged is None:
+            raise NotAttention(site.node, f"{site.node.name} mixes the axes of batch, heads and queries")
+        results = ("logarithm", "out") if output < site.node else ("out", "logarithm")
+        layout = self._layout(arranged, site.node.meta["val"].dtype)
+        return replace(op, results=results, logarithm=layout)
 
     def _size(self, expr: sympy.Expr) -> Size:
         if expr.is_Integer:
@@ -348,23 +369,6 @@ def _geometry(parts: Parts, trails: list[list[View]]) -> tuple[Geometry, list[li
         return Geometry.of(parts, *(t[-1] for t in above)), above
 
 
-def _zeroes_hidden_rows(user: Node, probabilities: Node) -> bool:
-    """Whether `user` is the same softmax again, with zeros in rows that see nothing."""
-    if user.target is not aten.where.self or uncast(cast(Node, user.args[2])) is not probabilities:
-        return False
-    return softmax(user) is not None
-
-
-def _leads_to_product(node: Node) -> bool:
-    """Whether a few pointwise steps on from `node` there is a contraction."""
-    reached = [node]
-    for _ in range(4):
-        reached = [u for n in reached for u in n.users if u.op == "call_function"]
-        if any(contraction(u) is not None and u.target is not aten.sum.dim_IntList for u in reached):
-            return True
-    return False
-
-
 def _between(output: Node, border: Iterable[Node]) -> tuple[Node, ...]:
     """The tensors from which `output` is computed, back to but without `border`, in graph order."""
     outside, inside, stack = set(border), set[Node](), [output]
@@ -377,24 +381,12 @@ def _between(output: Node, border: Iterable[Node]) -> tuple[Node, ...]:
     return tuple(sorted(inside))
 
 
+def _also(node: Node, interior: Sequence[Node], operands: Sequence[Node]) -> tuple[Node, ...] | None:
+    """`interior` with all that `node` is computed from, where somebody else reads that node."""
+    both = {*interior, *_between(node, operands)}
+    return None if both.issuperset(node.users) else tuple(sorted(both))
+
+
 def _view_of(softmax_node: Node, node: Node) -> View | None:
     """What `node` is of the softmax's result, through views and casts."""
     return next((v for v in axes.trail(node, exact=False) if v.source is softmax_node), None)
-
-
-def _products(node: Node) -> tuple[list[Node], list[Node]]:
-    """The contractions that read `node` through views and casts, and whatever else reads it."""
-    products: list[Node] = []
-    strangers: list[Node] = []
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if contraction(user) is not None:
-            products.append(user)
-        elif axes.step(user) is not None or user.target in axes.CASTS or user.target in PADDING:
-            stack.extend(user.users)
-        elif user.target is aten.mul.Tensor and any(contraction(u) is not None for u in user.users):
-            products += [u for u in user.users if contraction(u) is not None]
-        else:
-            strangers.append(user)
-    return products, strangers

@@ -69,6 +69,7 @@ class Parts:
     chain: tuple[Node, ...] = ()  # nodes that hold scores or probabilities
     vendor: str = ""
     sink: MaskSite | None = None  # one more score per row, which no value is weighted with
+    logarithm: MaskSite | None = None  # log Σ exp of the rows of scores, if it is computed
     quotient: Node | None = None  # the view of the product that is divided by the sums of the probabilities only then
 
     @property
@@ -218,6 +219,17 @@ class Geometry:
         if not axes.same(self.v_dim, axes.ONE):
             atoms.append(self.value)
         return arrangements.arrangement(atoms, found.dims) if found is not None else None
+
+    def statistic(self, site: MaskSite) -> arrangements.Arrangement | None:
+        """How [batch, heads, queries] becomes a number for each row of the scores that meet `site`."""
+        dims = self.by_row(site.scores)
+        if dims is None:
+            return None
+        rows = [d for d in dims if self.key not in d]
+        kept = [() if self.key in d else d for d in dims]
+        order = [*self.batch, *self._heads(), *self.queries]
+        atoms = [Atom(i, axes.ONE, self.rows[i].size) for i in order]
+        return arrangements.arrangement(atoms, rows if len(axes.shape_of(site.node)) == len(rows) else kept)
 
     @property
     def result_shape(self) -> tuple[sympy.Expr, ...]:

@@ -169,7 +169,7 @@ def _stable(exponent: Node, dim: int, node: Node) -> Softmax | None:
         found, original = _stable(stable, dim, node), _stable(plain, dim, node)
         if found is None or original is None:
             return None
-        return original if _same_scores(found, original) else None
+        return original if same_scores(found, original) else None
     x = less_maximum(exponent, dim)
     if x is not None:
         return Softmax(node, x, dim)
@@ -180,13 +180,13 @@ def _stable(exponent: Node, dim: int, node: Node) -> Softmax | None:
     return _signed(exponent, dim, node)
 
 
-def _same_scores(a: Softmax, b: Softmax) -> bool:
+def same_scores(a: Softmax, b: Softmax) -> bool:
     """Whether two softmaxes are those of the same numbers."""
-    (x, c, s), (y, d, t) = (_unscaled(f) for f in (a, b))
+    (x, c, s), (y, d, t) = (unscaled(f) for f in (a, b))
     return x is y and s == t and math.isclose(c, d, rel_tol=1e-6)
 
 
-def _unscaled(found: Softmax) -> tuple[Node, float, Scale | None]:
+def unscaled(found: Softmax) -> tuple[Node, float, Scale | None]:
     """The tensor below all products, the product of the numbers among its factors, and the tensor among them."""
     x, factor, by = uncast(found.scores), found.factor, found.by
     while True:
@@ -269,14 +269,25 @@ def _is_maximum(shift: Node, x: Node, dim: int) -> bool:
 
 
 def _less_its_logarithm(node: Node) -> Softmax | None:
-    """softmax(x) where the node is exp(x − log Σ exp(x)), the logarithm in one of the ways it is stabilised."""
+    """softmax(x) where the node is exp(x − log Σ exp(x))."""
     exponent = uncast(cast(Node, node.args[0]))
     if exponent.target is not aten.sub.Tensor or not all(isinstance(a, Node) for a in exponent.args):
         return None
     x, subtracted = (cast(Node, a) for a in exponent.args)
-    logarithm, shift = _reduced(subtracted), None
-    if logarithm.target is aten.add.Tensor and all(isinstance(a, Node) for a in logarithm.args):
-        a, b = (_reduced(cast(Node, a)) for a in logarithm.args)
+    logarithm = _reduced(subtracted)
+    found = logarithm_of_sum(logarithm)
+    dim = _along(found[1], subtracted, x) if found is not None else None
+    if found is None or dim is None or uncast(found[0]) is not uncast(x):
+        return None
+    # log_softmax: x is shifted already
+    return _of_exponent(uncast(x), dim, node) if logarithm.target is aten.log.default else Softmax(node, x, dim)
+
+
+def logarithm_of_sum(node: Node) -> tuple[Node, Node] | None:
+    """x and the sum where the node is log Σ exp(x) along one dimension, in one of the ways it is stabilised."""
+    logarithm, shift = node, None
+    if node.target is aten.add.Tensor and all(isinstance(a, Node) for a in node.args):
+        a, b = (_reduced(cast(Node, a)) for a in node.args)
         logarithm, shift = (a, b) if a.target is aten.log.default else (b, a)
     if logarithm.target is not aten.log.default:
         return None
@@ -284,15 +295,14 @@ def _less_its_logarithm(node: Node) -> Softmax | None:
     if total is None:
         return None
     exponential = uncast(cast(Node, total.args[0]))
-    dim = _along(total, subtracted, x)
-    if exponential.target is not aten.exp.default or dim is None:
+    if exponential.target is not aten.exp.default:
         return None
     summed = uncast(cast(Node, exponential.args[0]))
-    if shift is None:  # log_softmax: x is shifted already
-        return _of_exponent(uncast(x), dim, node) if summed is uncast(x) else None
-    unshifted = less_maximum(summed, dim)
-    same = unshifted is not None and uncast(unshifted) is uncast(x) and _reduced(cast(Node, summed.args[1])) is shift
-    return Softmax(node, x, dim) if same else None
+    if shift is None:
+        return summed, total
+    unshifted = less_maximum(summed, cast("list[int]", _dims(total))[0])
+    same = unshifted is not None and _reduced(cast(Node, summed.args[1])) is shift
+    return (cast(Node, unshifted), total) if same else None
 
 
 def _zero_where_all_is_hidden(node: Node) -> Softmax | None:

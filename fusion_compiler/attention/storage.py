@@ -20,6 +20,8 @@ def as_stored(match: Match, indexer: Indexer) -> Match:
     """`match`, with the attention that reads what is stored as an alternative where keys or values are computed."""
     op = match.op
     assert isinstance(op, Attention)
+    if op.logarithm is not None:
+        return match
     lengths = named(op, match.site).get("lengths")
     (
         q,

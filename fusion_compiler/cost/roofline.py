@@ -142,7 +142,7 @@ def attention_traffic(op: Attention) -> Traffic:
     read = item * (b * h * lq * op.head_dim + b * hk * lk * (op.head_dim + op.v_dim))
     if _as_tensor(op):
         read += item * lq * lk
-    written = item * b * h * lq * op.v_dim
+    written = b * h * lq * (item * op.v_dim + (4 if op.logarithm is not None else 0))
     return Traffic(2 * b * h * lq * visible_keys(op) * (op.head_dim + op.v_dim), read, written, 1)
 
 

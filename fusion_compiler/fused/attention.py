@@ -109,6 +109,8 @@ class Attention:
     scale_divides: bool = False  # it is divided by it instead
     modification: Modification | None = None  # says the same as a mask of kind "tensor", and of what it is made
     vendor: str = ""  # the attention kernel that the graph already calls, if it does
+    logarithm: Layout | None = None  # brings log Σ exp(score) of each row, [B, H, Lq], into the shape of its output
+    results: tuple[str, ...] = ("out",)  # what the site's outputs are, in their order: also "logarithm" if it is one
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
 def _refusal(op: Attention) -> str:
     """Why the arguments of a registered kernel cannot say what the mask says."""
     mask = op.mask
+    if op.logarithm is not None:
+        return "the logarithm of the sums is read too, which a registered kernel does not give"
     if mask.kind == "none" or mask.is_top_left:
         return ""
     if mask.tensor == "none":

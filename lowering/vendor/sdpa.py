@@ -91,6 +91,8 @@ class VendorSdpa:
     def candidates(self, op: FusedOp, machine: Machine) -> list[Candidate] | Unavailable:
         if not isinstance(op, Attention):
             return []
+        if op.logarithm is not None:
+            return Unavailable("the logarithm of the sums is read too, which these kernels do not give")
         found, refusals = [], []
         for backend in BACKENDS:
             if machine.kind not in backend.kinds:

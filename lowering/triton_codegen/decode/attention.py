@@ -85,6 +85,8 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
         return (
             f"{query_rows(op)} query rows per key/value head are no decode step; the generated kernel takes {MOST_ROWS}"
         )
+    if op.logarithm is not None:
+        return "the logarithm of the sums is read too, which the generated decode kernel does not give"
     if max(op.head_dim, op.v_dim) > WIDEST:
         return f"head dimension {max(op.head_dim, op.v_dim)} exceeds {WIDEST}"
     return _mask_refusal(op)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ....splice import Builder
 
 
-def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
-    """Adds the kernel of `plan`; returns the node in the shape of `site.output`."""
+def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
+    """Adds the kernel of `plan`; returns what takes the place of the output, or of each of two."""
     q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
     q = scaled_queries(op, builder, site, q)
     q, k, v = (rows_in_one_piece(builder, node) for node in (q, k, v))
@@ -38,18 +38,24 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node:
     strides = Strides(own[0], own[1], own[2], out_strides, lengths_stride, read)
     source = write(op, plan, strides, float32_precision())
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, **reads, "out": out}
+    if op.logarithm is not None:
+        rows, device = [op.batch, op.heads, op.q_len], q.meta["val"].device
+        arguments["logarithm"] = builder.empty(rows, torch.float32, device)
     if plan.listed:
         arguments["blocks"] = listed(op, plan, strides, builder, reads, q)
     arguments |= {name: _size(builder, name) for name in source.symbols}
     arguments |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     grid = [op.heads, builder.ceil_div(op.q_len, plan.block_m), op.batch]
     launched = builder.triton(
-        load_kernel(source.text, NAME), grid, arguments, ["out"], num_warps=plan.num_warps,
+        load_kernel(source.text, NAME), grid, arguments, list(op.results), num_warps=plan.num_warps,
         num_stages=plan.num_stages, blocks=tiles(op, plan),
     )  # fmt: skip
-    if not in_place:
-        return arranged(builder, launched["out"], op.out)
-    return builder.reshape(launched["out"], op.out.merged)
+    out = launched["out"]
+    out = builder.reshape(out, op.out.merged) if in_place else arranged(builder, out, op.out)
+    if op.logarithm is None:
+        return out
+    done = {"out": out, "logarithm": arranged(builder, launched["logarithm"], op.logarithm)}
+    return tuple(done[name] for name in op.results)
 
 
 def _reads(op: Attention, builder: Builder, site: Site) -> tuple[dict[str, Node], Amount, dict[str, Read]]:

@@ -19,7 +19,7 @@ from ....fused import Attention
 from .expressions import Read
 from .limits import limits, proved
 from .plan import Plan, pieces
-from .scores import Scores
+from .scores import LOG2_E, Scores
 from .sizes import size_text, symbols
 
 NAME = "flash_attention"
@@ -52,7 +52,7 @@ def contiguous(op: Attention, reads: Mapping[str, Read]) -> Strides:
 
 @dataclass(frozen=True)
 class FlashSource:
-    """A module's text and the arguments of the kernel in it: tensors (the output last), then symbolic sizes."""
+    """A module's text and the arguments of the kernel in it: tensors (the results last), then symbolic sizes."""
 
     text: str
     tensors: tuple[str, ...]
@@ -104,7 +104,7 @@ class Writer:
         self.lines += [INDENT * self.level + line for line in lines]
 
     def write(self) -> FlashSource:
-        tensors = ["q", "k", "v", *self.other_tensors(), "out"]
+        tensors = ["q", "k", "v", *self.other_tensors(), *self.op.results]
         sizes = self.sizes()
         self.place()
         self.emit(*self.limits.setup)
@@ -247,6 +247,11 @@ class Writer:
 
     def finish(self) -> None:
         op = self.op
+        if "logarithm" in op.results:
+            own = "first_row + tl.arange(0, BLOCK_M)"
+            place = f"(batch * {size_text(amount(op.heads))} + head) * {size_text(amount(op.q_len))} + {own}"
+            within = "" if self.even_rows else f", mask={own} < {size_text(amount(op.q_len))}"
+            self.emit(f"tl.store(logarithm + {place}, (m + tl.log2(l)) * {1 / LOG2_E!r}{within})")
         empty = op.modification.empty_rows if op.modification is not None else op.mask.empty_rows
         if empty == "zero":
             self.emit("l = tl.where(l == 0.0, 1.0, l)")
