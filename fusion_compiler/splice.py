@@ -19,6 +19,7 @@ import torch.fx
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from . import dependent_launch
 from .fused import Site
 from .torch_private import fake_tensors, kernel_nodes
 from .torch_private.source_files import module_from_source
@@ -177,6 +178,11 @@ class Builder:
         resolved = {k: self.scalar(v) if isinstance(v, torch.SymInt) else v for k, v in arguments.items()}
         in_graph = {k: resolved[k] for k in names if isinstance(resolved[k], Node)}
         constants = {k: resolved[k] for k in names if k not in in_graph}
+        values = {k: node.meta["val"] for k, node in in_graph.items() if isinstance(node, Node)}
+        devices = {name: value.device for name, value in values.items() if isinstance(value, torch.Tensor)}
+        # what a descriptor names is read by the copy engine, which knows no pointer that waits
+        if not blocks and all(map(dependent_launch.supported, devices.values())):
+            kernel = dependent_launch.waiting(kernel, list(devices))
         entries = tuple(self.scalar(g) if isinstance(g, torch.SymInt) else g for g in grid)
         launch = self.call(
             kernel_nodes.KERNEL_NODE,

@@ -18,6 +18,7 @@ from model_runs import call, compiled, error
 from model_zoo import DECODERS, MODELS, build
 from quantised_spellings import SPELLINGS
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 import fusion_compiler as fc
 from fusion_compiler.backend import fusion_compiler
@@ -298,6 +299,18 @@ def test_generating_with_a_static_cache(mode: str) -> None:
     model.forward = through(model.forward, mode=mode)
     assert model.generate(ids, **settings, disable_compile=True).equal(expected)
     assert "gated_mlp" in fused()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no early start")
+def test_generated_kernels_start_before_the_last_one_has_ended() -> None:
+    x, g, gate, up = randn(4, 64), torch.ones(64, device="cuda", dtype=torch.bfloat16), randn(96, 64), randn(96, 64)
+    torch._dynamo.reset()
+    chained = through(lambda x: glu(glu(x, g, gate, up)[:, :64], g, gate, up))
+    with torch.no_grad():
+        got, (code,) = run_and_get_code(chained, x)
+        want = glu(glu(x, g, gate, up)[:, :64], g, gate, up)
+    assert code.count("griddepcontrol.wait") == code.count("'launch_pdl': True") > 0
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 # ---- packages -------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from .. import decompositions
 from .attention_rewrite import CheckAttention, checked
+from .dependent_launch import passed_on
 from .float_inputs import specialize_constant_floats
 
 InnerCompile = Callable[..., Any]
@@ -56,7 +57,8 @@ def compile_aten(gm: GraphModule, example_inputs: Sequence[Any], *, pads: bool =
     decompositions.finish(gm, pads=pads)
     # newer torch hands our table on as a local function, which would keep the graph out of Inductor's cache
     context.pop("get_decomp_fn", None)
-    return compile_fx_inner(gm, example_inputs, **context)
+    with passed_on():
+        return compile_fx_inner(gm, example_inputs, **context)
 
 
 def run_eagerly(gm: GraphModule) -> Any:
