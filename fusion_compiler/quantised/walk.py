@@ -82,7 +82,7 @@ class Walk:
         held = contents(getattr(self.gm, str(node.target), None))
         if held is None or held.numel() > MOST:
             return None
-        return constant(held.flatten()[places], held.dtype)
+        return constant(held.flatten().cpu()[places], held.dtype)
 
     def _iota(self, node: Node, places: Tensor) -> Element | None:
         start, step = node.kwargs["start"], node.kwargs["step"]
