@@ -6,9 +6,9 @@ python -m benchmarks.attention --plot attention.svg  draws the lines of sequence
 
 Beside eager, Inductor and ours: "flex", FlexAttention told by hand what is done to the scores, and "sdpa causal",
 F.scaled_dot_product_attention(is_causal=True) by hand, on the full causal attention where ours sees less of it. The
-unnamed spelling is transformers' eager attention, which computes its causal mask in the graph. Rows of one size and many
-lengths hold 8192 tokens each (small, medium and large models: hidden 1024, 2048 and 4096); scores that would not fit are
-left to who does not write them.
+unnamed spelling is transformers' eager attention, which computes its causal mask in the graph. Rows of one size and
+many lengths hold 8192 tokens each (small, medium and large models: hidden 1024, 2048 and 4096); what writes scores out
+is left out where they do not fit.
 """
 
 from __future__ import annotations

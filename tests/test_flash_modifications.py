@@ -13,10 +13,14 @@ from test_flash import SMALL, check, generated, heads, only, traced
 from torch import Tensor
 
 from fusion_compiler.attention.modifications import says_more
+from fusion_compiler.attention.recognise import find_attention
 from fusion_compiler.candidates import Unavailable
 from fusion_compiler.fused import Attention, Mask, Modification
+from fusion_compiler.layout import fit
 from fusion_compiler.lowering.triton_codegen import flash
+from fusion_compiler.lowering.triton_codegen.flash.emit import emit
 from fusion_compiler.machine import machine
+from fusion_compiler.splice import Builder, clean, replace
 
 LISTED = dataclasses.replace(SMALL, listed=True)
 LENGTH = 52
@@ -119,6 +123,22 @@ def test_numbers(name: str, dtype: torch.dtype) -> None:
 def test_without_lists(name: str) -> None:
     function, more, _, _ = CASES[name]
     check(function, *heads(2, 4, 4, LENGTH, LENGTH, 16), *more())
+
+
+def test_layers_share_lists() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        return documents(q, k, v, ids) + documents(q.sin(), k, v, ids)
+
+    args = (*heads(2, 4, 4, LENGTH, LENGTH, 16), ids())
+    gm = traced(fn, *args)
+    for match in find_attention(gm)[0]:
+        assert isinstance(match.op, Attention)
+        builder = Builder(gm, match.site.output)
+        replace(match.site, fit(builder, match.site, emit(match.op, LISTED, builder, match.site)))
+    clean(gm)
+    launches = [n for n in gm.graph.nodes if "triton_kernel" in str(n.target)]
+    assert len(launches) == 4  # two lists, two attentions
+    torch.testing.assert_close(gm(*args), fn(*args))
 
 
 def test_a_finite_fill_averages_rows_that_see_nothing() -> None:

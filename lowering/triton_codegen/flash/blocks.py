@@ -7,8 +7,9 @@ the end backwards those of the latter.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import Node
@@ -85,11 +86,16 @@ def sources(op: Attention, plan: Plan, strides: Strides, arguments: Sequence[str
 
 
 def listed(op: Attention, plan: Plan, strides: Strides, builder: Builder, reads: dict[str, Node], like: Node) -> Node:
-    """The lists as a tensor: [batch, heads, blocks of queries, counts and numbers], int32."""
+    """The lists as a tensor: [batch, heads, blocks of queries, counts and numbers], int32. The layers of a model, which
+    share a mask, share them."""
     classify, make = sources(op, plan, strides, list(reads))
     batch, heads = sharing(op, Scores(op, plan, strides.reads))
     rows, count = -(-int(op.q_len) // plan.block_m), -(-int(op.kv_len) // plan.block_n)
     device = like.meta["val"].device
+    made = classify, plan.block_m, plan.block_n, int(batch), rows, device, *reads.items()
+    for node in builder.gm.graph.find_nodes(op="call_function", target=operator.getitem):
+        if node.meta.get("lists") == made and node < builder.before:
+            return cast(Node, node)
     kinds = builder.empty([batch, heads, rows, count], torch.int8, device)
     blocks = builder.empty([batch, heads, rows, count + 2], torch.int32, device)
     several = int(batch) * int(heads)
@@ -98,4 +104,6 @@ def listed(op: Attention, plan: Plan, strides: Strides, builder: Builder, reads:
         load_kernel(classify, "classify"), [count, rows, several], {**reads, "kinds": kinds, **constants}, ["kinds"],
     )["kinds"]  # fmt: skip
     arguments = {"kinds": found, "blocks": blocks, "BLOCKS": 1 << (count - 1).bit_length()}
-    return builder.triton(load_kernel(make, "list_blocks"), [rows, several], arguments, ["blocks"])["blocks"]
+    lists = builder.triton(load_kernel(make, "list_blocks"), [rows, several], arguments, ["blocks"])["blocks"]
+    lists.meta["lists"] = made
+    return lists
