@@ -271,7 +271,8 @@ def judge_all(
             else:
                 offers.append(Offer(op, site, unavailable=(("legality", Unavailable(refusal)),)))
         if isinstance(match.op, (MatmulFamily, MatmulGroup)):
-            match = dataclasses.replace(match, severed=severed_seconds(match.site, taken, target))
+            activated = match.op.whole.activation is not None
+            match = dataclasses.replace(match, severed=severed_seconds(match.site, taken, target, activation=activated))
         judgement = judge(match, offers, target)
         judgement = tuner.refine(judgement, offers) if tuner else judgement
         choice = judgement.choice()

@@ -104,7 +104,7 @@ def _weights(match: Match, stored: Collection[Node] = ()) -> tuple[Node, ...]:
     if _packed(match) and (computed := tuple(n for n in match.site.interior if n in stored)):
         return computed
     found: list[Node] = []
-    at = 1 + op.whole.norm.has_weight + op.whole.norm.has_bias
+    at = op.whole.head
     for part in op.parts:
         held = [p.operands for p in part.packed] or [1] * part.weights
         for operands in held:

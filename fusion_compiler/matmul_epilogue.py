@@ -5,7 +5,7 @@ What depends on no linear is an extra: a tensor that the graph holds, seen in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -25,16 +25,18 @@ class Refused(Exception):
 class Epilogue:
     """Rewrites values of `shape` (rows, columns); the extras that are met on the way are gathered in `extras`.
 
-    `below` are the values from the result down to the `linears`, operands before users.
+    `below` are the values from the result down to the `linears`, operands before users; those of `opened` too are
+    written as what they are computed from, and are no extras.
     """
 
     def __init__(
-        self, view: SemanticView, below: Sequence[Value], linears: Sequence[Value], shape: tuple[Any, Any]
-    ) -> None:
+        self, view: SemanticView, below: Sequence[Value], linears: Sequence[Value], shape: tuple[Any, Any],
+        opened: Iterable[Value] = (),
+    ) -> None:  # fmt: skip
         self.view, self.algebra, self.shape = view, view.algebra, shape
         self.extras: list[tuple[Extra, Node]] = []
         self._memo = {linear: self.algebra.make("acc", index=i) for i, linear in enumerate(linears)}
-        self._over: set[Value] = set(linears)  # what some linear is needed for
+        self._over: set[Value] = {*linears, *opened}  # what some linear is needed for
         for value in below:
             if value not in self._over and any(a in self._over for a in value.args):
                 self._over.add(value)

@@ -108,7 +108,7 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
     rows = _in_rows(view, x_value, x_node, extent(k))
     assert rows is not None, "the product itself reads it in this dtype"
     families.append(Family(op, site_of(view, output, (rows, *tail))))
-    far = next((n for f in families for n in f.site.operands if _reaches_far(n)), None)
+    far = next((n for f in families for n in f.site.operands if reaches_far(n)), None)
     if far is not None:
         return f"{far.name} reaches over 2³¹ elements of memory, and kernels count in 32 bits; make it contiguous"
     return families
@@ -140,7 +140,7 @@ def _is_part(product: Product) -> bool:
     return product.features != Features(0, extent(product.weight.meta["val"].shape[-1]))
 
 
-def _reaches_far(matrix: Node) -> bool:
+def reaches_far(matrix: Node) -> bool:
     """Whether the strides, not the elements themselves, bring a tensor's offsets beyond 32 bits."""
     value = matrix.meta["val"]
     sizes, strides = (tuple(map(extent, part)) for part in (value.shape, value.stride()))

@@ -13,7 +13,7 @@ from torch.fx import Node
 from .candidates import Amount
 from .cost.amounts import maximum
 from .cost.baseline import inductor_plan
-from .cost.node_work import readers_of
+from .cost.node_work import is_constant, is_library_call, readers_of
 from .fused import Site
 from .machine import Machine
 from .row_reduction import call_between, is_pointwise
@@ -21,8 +21,11 @@ from .row_reduction import call_between, is_pointwise
 MOST = 32  # nodes that follow; a longer chain is another kernel by then
 
 
-def severed_seconds(site: Site, taken: Sequence[Collection[Node]], machine: Machine) -> Amount:
-    """Seconds that Inductor saves by running the loops of `site` and those that read its results together.
+def severed_seconds(
+    site: Site, taken: Sequence[Collection[Node]], machine: Machine, *, activation: bool = False
+) -> Amount:
+    """Seconds that Inductor saves by running the loops of `site` and those that read its results together, or those of
+    an activation and what its inputs are computed by.
 
     `taken` are the nodes that each of the fusions chosen so far takes away. They follow no longer, unless the fusion
     and this one exclude each other.
@@ -38,7 +41,21 @@ def severed_seconds(site: Site, taken: Sequence[Collection[Node]], machine: Mach
                 behind[reader] = None
                 front.append(reader)
     loops = [n for n in site.interior if is_pointwise(n)]
-    if not behind or not loops:
+    ahead = _ahead(site, gone) if activation else []
+    if not (behind or ahead) or not loops:
         return 0.0
-    apart = inductor_plan(loops, machine).seconds + inductor_plan(sorted(behind), machine).seconds
-    return maximum(0.0, apart - inductor_plan(sorted([*loops, *behind]), machine).seconds)
+    apart = sum(inductor_plan(nodes, machine).seconds for nodes in (ahead, loops, sorted(behind)))
+    return maximum(0.0, apart - inductor_plan(sorted([*ahead, *loops, *behind]), machine).seconds)
+
+
+def _ahead(site: Site, gone: Collection[Node]) -> list[Node]:
+    """The loops that operands of `site` are computed by."""
+    found: dict[Node, None] = {}
+    front = list(site.operands)
+    while front and len(found) < MOST:
+        node = front.pop()
+        if node in found or node in gone or node.op != "call_function" or is_library_call(node) or is_constant(node):
+            continue
+        found[node] = None
+        front += node.all_input_nodes
+    return sorted(found)

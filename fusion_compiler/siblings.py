@@ -116,7 +116,7 @@ def _match(view: SemanticView, linears: Sequence[_Linear]) -> Match:
     folded = [one.families[0] for one in ordered]
     plain = [one.families[-1] for one in ordered]
     forms = [plain]
-    heads = {f.site.operands[: _head(f.op)] for f in folded}
+    heads = {f.site.operands[: f.op.head] for f in folded}
     if all(f.op.norm is not None for f in folded) and len(heads) == 1 and len({f.op.norm for f in folded}) == 1:
         forms.insert(0, folded)
     made = [_joined(view, form) for form in forms]
@@ -125,13 +125,8 @@ def _match(view: SemanticView, linears: Sequence[_Linear]) -> Match:
     return Match(PATTERN, op, site, tuple(others), prologue)
 
 
-def _head(op: MatmulFamily) -> int:
-    """Operands before the weights."""
-    return 1 + (op.norm is not None and op.norm.has_weight) + (op.norm is not None and op.norm.has_bias)
-
-
 def _joined(view: SemanticView, form: Sequence[Family]) -> tuple[MatmulGroup, Site]:
-    head = form[0].site.operands[: _head(form[0].op)]
-    tails = [n for f in form for n in f.site.operands[_head(f.op) :]]
+    head = form[0].site.operands[: form[0].op.head]
+    tails = [n for f in form for n in f.site.operands[f.op.head :]]
     output, *others = (f.site.output for f in form)
     return MatmulGroup(form[0].op.m, tuple(f.op for f in form)), site_of(view, output, (*head, *tails), tuple(others))

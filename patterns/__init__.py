@@ -10,6 +10,7 @@ import sys
 from fusion_compiler.pattern import AnyPattern
 from fusion_compiler.registry import PatternPackage
 
+from .activation_linear import activation_linear
 from .add_norm import add_norm
 from .attention import attention
 from .gated_mlp import gated_mlp
@@ -27,6 +28,7 @@ BUILTIN: tuple[AnyPattern, ...] = (
     norm_linear,
     qkv_projection,
     linear_epilogue,
+    activation_linear,
     attention,
     norm,
     add_norm,

@@ -267,7 +267,8 @@ class Account:
 def account(sites: list[Site], reports: list[fc.Report]) -> Account:
     """Assigns each site to one decision of its pattern in its module, else to a near miss there."""
     report = fc.Report.merged(reports)
-    inner = {n for d in report.decisions for n in d.nodes if n != d.node}
+    whole = [d for d in report.decisions if d.pattern != "activation_linear"]
+    inner = {n for d in whole for n in d.nodes if n != d.node}
     decisions = [
         (d.pattern, _module(d.where), d.where)
         for d in report.decisions

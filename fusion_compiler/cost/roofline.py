@@ -11,13 +11,13 @@ M flops per byte (at 2 bytes an element) and not of K.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import sympy
 import torch
 
 from ..candidates import Amount, Traffic
-from ..fused import Attention, MatmulFamily, MatmulGroup
+from ..fused import Attention, Extra, MatmulFamily, MatmulGroup
 from ..machine import Machine
 from .amounts import amount, at, ceil_div, greater, maximum, minimum, where
 from .efficiency import AttentionKernel, efficiency
@@ -65,14 +65,20 @@ def matmul_traffic(op: MatmulFamily | MatmulGroup) -> Traffic:
     """One kernel for all of it: x, weights, norm parameters and extras read once, the results written once."""
     norm, item, m, k = op.whole.norm, op.dtype.itemsize, amount(op.m), amount(op.whole.k)
     shared = item * k * (m + (norm.has_weight + norm.has_bias if norm else 0))
+    if op.whole.activation:
+        shared = _extra_bytes(op.whole.inputs, m, k)
     total = Traffic(0, shared, 0, 1)
     for part in op.parts:
         n = amount(part.n)
-        sizes: dict[str, Amount] = {"full": m * n, "row": m, "col": n, "scalar": 1}
         read = (sum(p.bytes_per_weight for p in part.packed) if part.packed else item * part.weights) * k * n
-        read += sum((extra.dtype.itemsize * sizes[extra.kind] for extra in part.extras), 0)
+        read += _extra_bytes(part.extras, m, n)
         total = total + Traffic(2 * part.weights * m * k * n, read, part.out_dtype.itemsize * m * n, 0)
     return total
+
+
+def _extra_bytes(extras: Iterable[Extra], rows: Amount, columns: Amount) -> Amount:
+    sizes: dict[str, Amount] = {"full": rows * columns, "row": rows, "col": columns, "scalar": 1}
+    return sum((extra.dtype.itemsize * sizes[extra.kind] for extra in extras), 0)
 
 
 def intensity(traffic: Traffic) -> Amount:

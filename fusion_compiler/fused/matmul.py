@@ -110,7 +110,10 @@ class MatmulFamily:
 
     `computed_from` is the float type of 8 bits that a weight, not packed, is computed from in the graph.
 
-    Operands of a site, in this order: x, [norm weight], [norm bias], w_0, w_1, …, extras….
+    Where there is an `activation`, x is not read but computed: it is that `Value` over the leaves `extra(index=j)`,
+    which are the `inputs`, seen in the space [M, K]. There is no norm then. Rows of "full" ones may lie further apart.
+
+    Operands of a site, in this order: x or the inputs, [norm weight], [norm bias], w_0, w_1, …, extras….
     """
 
     m: Size
@@ -128,6 +131,15 @@ class MatmulFamily:
     packed: tuple[Packed, ...] = ()
     q8_activations: bool = False
     computed_from: torch.dtype | None = None
+    activation: Value | None = None
+    inputs: tuple[Extra, ...] = ()
+
+    @property
+    def head(self) -> int:
+        """How many operands of a site come before the weights."""
+        norm = self.norm
+        vectors = 0 if norm is None else norm.has_weight + norm.has_bias
+        return (len(self.inputs) if self.activation else 1) + vectors
 
     @property
     def parts(self) -> tuple[MatmulFamily, ...]:

@@ -43,7 +43,7 @@ class Reader:
         self.known: dict[Any, tuple[Storage | str | None, list[Node]]] = {}
 
     def storage(self, weight: Node, op: MatmulFamily) -> Storage | str | None:
-        if not isinstance(op.n, int) or not isinstance(op.k, int) or op.features:
+        if not isinstance(op.n, int) or not isinstance(op.k, int) or op.features or op.activation:
             return None
         nodes = _computed_from(weight)
         with really():
@@ -58,8 +58,7 @@ class Reader:
 
     def packed(self, op: Matmuls, site: Site) -> tuple[Matmuls, Site] | str | None:
         """The same op on its packed weights; a sentence or None where not all of them are packed."""
-        norm = op.whole.norm
-        at = 1 + (norm is not None and norm.has_weight) + (norm is not None and norm.has_bias)
+        at = op.whole.head
         operands, parts, missing = [*site.operands[:at]], [], False
         for part in op.parts:
             weights, extras = at + part.weights, at + part.weights + len(part.extras)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .pointwise import literal, print_pointwise
 from .writer import Writer, mask_argument, statistics_block
 
@@ -16,9 +18,13 @@ class Gemv(Writer):
     def bounds(self, r: int) -> list[str]:
         return [f"({r} < M)"] if self.known.m is None else []
 
-    def x(self, r: int) -> str:
+    def x(self, r: int, x: str = "x", stride: str = "x_stride") -> str:
         inside = [*self.bounds(r), *([] if self.known.even_k else ["k_in"])]
-        return f"tl.load(x + {r} * x_stride + k{mask_argument(inside)}).to(tl.float32)"
+        return f"tl.load({x} + {r} * {stride} + k{mask_argument(inside)})"
+
+    def load_row_input(self, j: int) -> None:
+        for r in range(self.rows):
+            self.emit(f"i{j}_{r} = tl.load(x{j} + {r}{mask_argument(self.bounds(r))}).to(tl.float32)")
 
     def statistics(self) -> None:
         assert self.op.norm is not None
@@ -62,7 +68,10 @@ class Gemv(Writer):
         self.load_weights()
         self.load_norm()
         for r in range(self.rows):
-            self.emit(f"y_{r} = {self.x(r)}")
+            if self.op.activation:
+                self.activated(f"y_{r}", functools.partial(self.x, r), f"_{r}")
+            else:
+                self.emit(f"y_{r} = {self.x(r)}.to(tl.float32)")
             if self.mode == "folded":
                 self.emit(f"squares_{r} += y_{r} * y_{r}")
             elif self.mode == "first":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Matmuls = MatmulFamily | MatmulGroup
 # where M is symbolic, the plans that are best for so many rows are offered: for any number if tiled, else up to so many
 ROW_LIMITS = (4, 16, 32, 64, 128, 512, 4096)
+ACTIVATED_ROWS = 16  # beyond, an activation is computed once, by a kernel of its own
 PLAUSIBLE = 4  # plans worth a measurement
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -75,6 +77,8 @@ def _predicted(op: Matmuls, machine: Machine, rows: int) -> list[tuple[float, Pl
     whole = op.whole
     # one descriptor cannot stand for several weights
     plans = (p for p in predict.plans(whole, machine, rows) if p.kind != "tile" or len(op.parts) == 1)
+    if whole.activation:
+        plans = (p for p in plans if p.kind != "tile" and p.rows <= ACTIVATED_ROWS)
     if imprecise(op.dtype):
         plans = (p for p in plans if p.kind == "gemv")
     return [(predict.seconds(whole, plan, machine, moved, rows), plan) for plan in plans]
@@ -100,7 +104,14 @@ def _refusal(op: Matmuls, machine: Machine) -> str | None:
         )
     if not all(isinstance(amount(size), int) for part in op.parts for size in (part.k, part.n)):
         return "K and N are symbolic: mark only the rows of the input as dynamic"
-    return next(filter(None, (unsupported(part.epilogue) for part in op.parts)), None)
+    m = amount(op.m)
+    if op.whole.activation and isinstance(m, int) and m > ACTIVATED_ROWS:
+        return (
+            f"M = {m}: every block of columns would compute the activation again, which costs more than a kernel of "
+            f"its own from {ACTIVATED_ROWS + 1} rows on"
+        )
+    values = (v for part in op.parts for v in (part.epilogue, part.activation) if v is not None)
+    return next(filter(None, map(unsupported, values)), None)
 
 
 def _no_plan(op: Matmuls, machine: Machine) -> str:
@@ -155,10 +166,15 @@ def programs(op: Matmuls, plan: Plan) -> int:
 
 def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
     """Adds the kernel of `plan` to the graph; returns what takes the place of the output, or of each of several."""
-    source = write(op, plan, facts(op, plan, float32_precision()))
+    known = facts(op, plan, float32_precision())
     values = [output.meta["val"] for output in site.outputs]
     outs = [builder.empty(list(v.shape), p.out_dtype, v.device) for v, p in zip(values, op.parts, strict=True)]
     operands, strides = (_described if plan.kind == "tile" else _strided)(op, builder, site)
+    if op.whole.activation:
+        inputs = _inputs(op.whole, builder, operands)
+        operands[: op.whole.head] = [node for _, node in inputs]
+        known = dataclasses.replace(known, input_strides=tuple(stride for stride, _ in inputs))
+    source = write(op, plan, known)
     arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, *outs], strict=True))
     if source.runtime_m:
         arguments["M"] = op.m
@@ -176,9 +192,8 @@ def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[
 
 def _weights(op: Matmuls) -> list[int]:
     """The positions of the weights among a site's operands."""
-    norm = op.whole.norm
     found: list[int] = []
-    at = 1 + (norm is not None and norm.has_weight) + (norm is not None and norm.has_bias)
+    at = op.whole.head
     for part in op.parts:
         found += range(at, at + part.weights)
         at += part.weights + len(part.extras)
@@ -187,10 +202,11 @@ def _weights(op: Matmuls) -> list[int]:
 
 def _strided(op: Matmuls, builder: Builder, site: Site) -> tuple[list[Node], tuple[int, ...]]:
     """The operands as tensors, with the distances between rows of x and of the weights."""
-    operands = list(site.operands)
-    x_stride, operands[0] = rows_of(builder, operands[0], int(op.whole.k))
+    operands, x_stride = list(site.operands), int(op.whole.k)
+    if not op.whole.activation:
+        x_stride, operands[0] = rows_of(builder, operands[0], int(op.whole.k))
     weights, strides = _weights(op), set()
-    for i in range(1, len(operands)):
+    for i in range(len(op.whole.inputs) or 1, len(operands)):
         if i in weights:
             # a packed weight is passed whole: the kernel itself starts at its features
             stride, operands[i] = rows_of(builder, operands[i], int(operands[i].meta["val"].shape[-1]))
@@ -216,6 +232,15 @@ def _described(op: Matmuls, builder: Builder, site: Site) -> tuple[list[Node], t
         else:
             operands[i] = builder.contiguous(operands[i])
     return operands, ()
+
+
+def _inputs(op: MatmulFamily, builder: Builder, operands: list[Node]) -> list[tuple[int, Node]]:
+    """The inputs of an activation, each with the distance between its rows."""
+    found = []
+    for given, node in zip(op.inputs, operands, strict=False):
+        whole = given.kind == "full"
+        found.append(rows_of(builder, node, int(op.k)) if whole else (0, builder.contiguous(node)))
+    return found
 
 
 def _apart(op: MatmulFamily, i: int, builder: Builder, weight: Node) -> Node:

@@ -12,13 +12,9 @@ import torch
 
 from ...fused import MatmulFamily, Packed, PerGroup
 from .plans import Plan
+from .pointwise import TYPES
 from .swap_source import Swap
 from .writer import Facts, KernelSource
-
-_TYPES = {
-    torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32",
-    torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5",
-}  # fmt: skip
 
 # A byte with 0x64 (0x43) above it is the float16 1024 + byte (the bfloat16 128 + byte): no conversion is needed.
 # bfloat16 has no subtraction before sm_90, so it is 1 · a − b there.
@@ -42,13 +38,13 @@ def unpacked(codes):
         "{{ .reg .b32 a, b, c, one; and.b32 a, $4, 0x0f0f0f0f; shr.u32 b, $4, 4; and.b32 b, b, 0x0f0f0f0f; {one}"
         "mov.b32 c, {above * 0x01010101:#x}; {merges}"
         "mov.b32 c, {pair:#x}; {"".join(subtract.format(i) for i in range(4))} }}",
-        "=&r,=&r,=&r,=&r,r", [codes], dtype=({_TYPES[dtype]}, {_TYPES[dtype]}), is_pure=True, pack=4,
+        "=&r,=&r,=&r,=&r,r", [codes], dtype=({TYPES[dtype]}, {TYPES[dtype]}), is_pure=True, pack=4,
     )
 """
 
 
 def _portable(dtype: torch.dtype, zero: int) -> str:
-    low, high = (f"({part}).to({_TYPES[dtype]}) - {zero}" for part in ("codes & 15", "codes >> 4"))
+    low, high = (f"({part}).to({TYPES[dtype]}) - {zero}" for part in ("codes & 15", "codes >> 4"))
     return f"@triton.jit\ndef unpacked(codes):\n    return {low}, {high}\n"
 
 
@@ -123,7 +119,7 @@ class PackedSwap(Swap):
         inside = "" if self.known.even_n else ", mask=n_in, other=0.0"
         for i, packed in enumerate(self.op.packed):
             if packed.scale and self.of_rows(i):
-                pointer = f"s{i}.to(tl.pointer_type({_TYPES[packed.scale.dtype]}))"
+                pointer = f"s{i}.to(tl.pointer_type({TYPES[packed.scale.dtype]}))"
                 at = f"{pointer} + {packed.scale.first} + n * {packed.scale.row}"
                 self.emit(f"acc{i} = acc{i} * tl.load({at}{inside}).to(tl.float32)[:, None]")
         super().finish()
@@ -132,8 +128,8 @@ class PackedSwap(Swap):
         """The tile of codes as numbers, by the part of x that they belong to."""
         if self.order == "bytes":
             float8 = self.op.packed[i].float8
-            floats = f".to({_TYPES[float8]}, bitcast=True)" if float8 else ""
-            return {"": f"w{i}_tile{floats}.to({_TYPES[self.op.dtype]})"}
+            floats = f".to({TYPES[float8]}, bitcast=True)" if float8 else ""
+            return {"": f"w{i}_tile{floats}.to({TYPES[self.op.dtype]})"}
         self.emit(f"w{i}_low, w{i}_high = unpacked(w{i}_tile)")
         if self.apart:
             return {"_low": f"w{i}_low", "_high": f"w{i}_high"}
@@ -160,10 +156,10 @@ class PackedSwap(Swap):
         n = "n.to(tl.int64)" if self.known.wide_weight else "n"
         along = f"start // {held.group} + tl.arange(0, {groups})"
         first = f"{held.first} + " if held.first else ""
-        pointer = f"{name}.to(tl.pointer_type({_TYPES[held.dtype]}))"
+        pointer = f"{name}.to(tl.pointer_type({TYPES[held.dtype]}))"
         inside = "" if self.known.even_n else ", mask=n_in[:, None], other=0.0"
         at = f"{pointer} + {first}{n}[:, None] * {held.row} + ({along})[None, :] * {held.step}"
-        self.emit(f"{name}_group = tl.load({at}{inside}, eviction_policy='evict_first').to({_TYPES[self.op.dtype]})")
+        self.emit(f"{name}_group = tl.load({at}{inside}, eviction_policy='evict_first').to({TYPES[self.op.dtype]})")
         repeated = f"tl.broadcast_to({name}_group[:, :, None], (BLOCK_N, {groups}, {self.across // groups}))"
         self.emit(f"{name}_tile = tl.reshape({repeated}, (BLOCK_N, {self.across}))")
 

@@ -9,8 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
+
 from ...algebra import Value
 
+TYPES = {
+    torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32",
+    torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5",
+}  # fmt: skip
 _COMPARISON = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==", "ne": "!="}
 _LOGICAL = {"logical_and": "&", "logical_or": "|"}
 _FUNCTION = {

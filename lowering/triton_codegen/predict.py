@@ -24,6 +24,7 @@ from typing import Any
 import sympy
 import torch
 
+from ...cost.efficiency import efficiency
 from ...fused import MatmulFamily
 from ...machine import Machine
 from . import tiles
@@ -37,6 +38,7 @@ MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
 SLICED_ROWS = 16  # beyond, the rows of x fill the matrix unit less well than the columns
 SLICES = 4  # 8 were never better
 SLICED_STEPS = 4  # fewer would not fill the pipeline
+ACTIVATIONS = {"silu": 25, "gelu_erf": 44, "gelu_tanh": 32}  # flops, beside those of the single functions
 GEMV_ROWS = 4  # more rows need more registers than a thread has
 
 
@@ -62,7 +64,11 @@ class KindConstants:
 
 @dataclass(frozen=True)
 class Constants:
-    reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
+    """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `activation`: how many times as
+    long as its arithmetic an activation in front takes."""
+
+    reached: float
+    activation: float
     kinds: dict[str, KindConstants]
 
 
@@ -70,7 +76,15 @@ class Constants:
 def constants() -> Constants:
     raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
     kinds = {kind: KindConstants(**entry) for kind, entry in raw["kinds"].items()}
-    return Constants(raw["reached"], kinds)
+    return Constants(raw["reached"], raw["activation"], kinds)
+
+
+def _activation_flops(op: MatmulFamily, machine: Machine) -> float:
+    """Arithmetic for an element of x that is computed in the kernel."""
+    if op.activation is None:
+        return 0.0
+    special = {**efficiency(machine).special_flops, **ACTIVATIONS}
+    return sum(special.get(v.op, 1) for v in op.activation.walk() if v.op not in ("const", "extra"))
 
 
 def power_of_two(at_least: int) -> int:
@@ -157,7 +171,10 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     # library its place until somebody measures
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
     per_product = 8 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
-    work = per_sm * steps * (kind.x_element * plan.rows * plan.step_k + per_product * products)
+    element = (
+        kind.x_element + known.activation * _activation_flops(op, machine) * machine.num_sms / machine.vector_flops
+    )
+    work = per_sm * steps * (element * plan.rows * plan.step_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
     if norm_mode(op, plan) == "first":
         start += kind.statistics * math.ceil(int(op.k) / statistics_block(op, plan))

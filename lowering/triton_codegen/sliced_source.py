@@ -29,7 +29,7 @@ class Sliced(Swap):
         self.emit(f"k = start + {pieces} + tl.arange(0, BLOCK_K)[None, :]")
         if not self.known.even_k:
             self.emit("k_in = k < K")
-        self.emit(f"y = {self.x('k', *([] if self.known.even_k else [f'k_in{self.inner}']))}")
+        self.load_y()
         self.load_weights()
         for i in range(self.op.weights):
             self.emit(f"acc{i} = tl.dot(w{i}_tile, tl.permute(y, (0, 2, 1)), acc{i})")

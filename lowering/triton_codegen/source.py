@@ -34,6 +34,7 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
         wide_weight=(n * whole.feature_step + max(whole.features, default=0)) * k >= INT32_ELEMENTS,
         wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.kind == "tile" and m is None),
         input_precision=input_precision,
+        input_strides=(k,) * len(whole.inputs),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .pointwise import literal, print_pointwise
+from .pointwise import TYPES, literal, print_pointwise
 from .writer import Writer, mask_argument, statistics_block
 
 
@@ -41,9 +41,26 @@ class Swap(Writer):
         if not self.all_rows:
             self.emit(f"m_in = m < {'M' if self.known.m is None else self.known.m}")
 
-    def x(self, k: str, *bounds: str) -> str:
+    def x(self, k: str, *bounds: str, tensor: str = "x", stride: str = "x_stride") -> str:
         inside = [*([] if self.all_rows else [f"m_in{self.outer}"]), *bounds]
-        return f"tl.load(x + m{self.outer} * x_stride + {k}{self.inner}{mask_argument(inside)})"
+        return f"tl.load({tensor} + m{self.outer} * {stride} + {k}{self.inner}{mask_argument(inside)})"
+
+    @property
+    def along_k(self) -> str:
+        return self.inner
+
+    def load_row_input(self, j: int) -> None:
+        rows = mask_argument([] if self.all_rows else ["m_in"])
+        self.emit(f"i{j} = tl.load(x{j} + m{rows}).to(tl.float32){self.outer}")
+
+    def load_y(self) -> None:
+        """A tile of x, or of what is computed from the inputs, as y."""
+        bounds = [] if self.known.even_k else [f"k_in{self.inner}"]
+        if self.op.activation:
+            self.activated("y", lambda tensor, stride: self.x("k", *bounds, tensor=tensor, stride=stride))
+            self.emit(f"y = y.to({TYPES[self.op.dtype]})")
+        else:
+            self.emit(f"y = {self.x('k', *bounds)}")
 
     def statistics(self) -> None:
         norm, rows = self.op.norm, self.plan.rows
@@ -85,7 +102,7 @@ class Swap(Writer):
         if not self.known.even_k:
             self.emit("k_in = k < K")
         # x first: its way to the matrix unit is the longer one
-        self.emit(f"y = {self.x('k', *([] if self.known.even_k else ['k_in[None, :]']))}")
+        self.load_y()
         self.load_norm()
         self.load_weights()
         weight = norm is not None and norm.has_weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 
 from ...fused import MatmulFamily, MatmulGroup
 from .plans import Plan
-from .pointwise import literal
+from .pointwise import literal, print_pointwise
 
 INDENT = "    "
 STATISTICS_ELEMENTS = 64  # of x per thread and step of the pass that computes mean and rstd
@@ -41,6 +42,7 @@ class Facts:
     wide_weight: bool  # offsets into a weight pass 2³¹
     wide_output: bool
     input_precision: str  # of a float32 dot
+    input_strides: tuple[int, ...] = ()  # elements between rows of the inputs of an activation
 
 
 def norm_mode(op: MatmulFamily, plan: Plan) -> Literal["none", "folded", "first"]:
@@ -70,7 +72,7 @@ class Writer:
         self.mode = norm_mode(self.op, plan)
         norm = self.op.norm
         self.tensors = (
-            "x",
+            *((f"x{j}" for j in range(len(self.op.inputs))) if self.op.activation else ["x"]),
             *(["norm_weight"] if norm and norm.has_weight else []),
             *(["norm_bias"] if norm and norm.has_bias else []),
             *(name for p in range(len(self.parts)) for name in self.read_by(p)),
@@ -82,13 +84,14 @@ class Writer:
 
     def write(self) -> KernelSource:
         runtime_m = self.known.m is None
-        norm = [f"{self.op.norm.kind}_norm"] if self.op.norm else []
+        norm = [f"{self.op.norm.kind}_norm"] if self.op.norm else ["activation"] if self.op.activation else []
         linears = f"linear{self.op.weights}" if not self.several else f"linears{len(self.parts)}"
         name = "_".join([*norm, linears, self.plan.kind])
         signature = [*self.tensors, *(["M"] if runtime_m else [])]
         signature += [f"{c}: tl.constexpr" for c in self.constants]
         self.indices()
         self.hoisted_extras()
+        self.hoisted_inputs()
         if self.mode == "first":
             self.statistics()
         self.start()
@@ -232,6 +235,42 @@ class Writer:
                     self.emit(f"e{number} = tl.load(extra{number} + {first}{n}{mask}).to(tl.float32){self.axis}")
                 elif extra.kind == "scalar":
                     self.emit(f"e{number} = tl.load(extra{number}).to(tl.float32)")
+
+    # ---- an activation in front -------------------------------------------------------------
+    @property
+    def along_k(self) -> str:
+        """Suffix that makes a vector over k broadcast against x."""
+        return ""
+
+    def hoisted_inputs(self) -> None:
+        """Inputs that do not vary along K, loaded before the loop."""
+        for j, given in enumerate(self.op.inputs):
+            if given.kind == "scalar":
+                self.emit(f"i{j} = tl.load(x{j}).to(tl.float32)")
+            elif given.kind == "row":
+                self.load_row_input(j)
+
+    def load_row_input(self, j: int) -> None:
+        raise NotImplementedError
+
+    def activated(self, y: str, full: Callable[[str, str], str], suffix: str = "") -> None:
+        """Loads the inputs of a step and computes `y` from them; `full` loads from (tensor, distance of its rows)."""
+        assert self.op.activation is not None
+        inside = mask_argument([] if self.known.even_k else ["k_in"])
+        for j, given in enumerate(self.op.inputs):
+            if given.kind == "full":
+                self.emit(f"i{j}{suffix} = {full(f'x{j}', str(self.known.input_strides[j]))}.to(tl.float32)")
+            elif given.kind == "col":
+                at = f"{given.first} + k * {given.step}"
+                self.emit(f"i{j}{suffix} = tl.load(x{j} + {at}{inside}).to(tl.float32){self.along_k}")
+        kinds = [given.kind for given in self.op.inputs]
+        lines, result = print_pointwise(
+            self.op.activation,
+            lambda v: f"i{v.attr('index')}{'' if kinds[v.attr('index')] == 'scalar' else suffix}",
+            f"a{suffix}_",
+        )
+        # past K weights are 0, and what they meet must be a number
+        self.emit(*lines, f"{y} = {result if self.known.even_k else f'tl.where(k_in{self.along_k}, {result}, 0.0)'}")
 
 
 def mask_argument(bounds: list[str], other: str = ", other=0.0") -> str:
