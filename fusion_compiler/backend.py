@@ -180,7 +180,8 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
             view = SemanticView(gm)
         with _stage("match"):
             matches, near_misses = find_all(view, registry.active_patterns(options.patterns, options.disable))
-            matches = with_packed_weights(view, matches, q8_activations=options.activations == "q8_1")
+            matches, rounded = with_packed_weights(view, matches, q8_activations=options.activations == "q8_1")
+            near_misses += rounded
         with _stage("judge"):
             judged = judge_all(gm, matches, target, tuner)
             if not guardable:

@@ -24,7 +24,9 @@ from .semantics import SemanticView
 from .shapes import Features, Product, count, extent, shape_of
 from .sites import region, site_of
 
-DEQUANTISING = 8  # operations between a weight as it is stored and as it is multiplied
+DEQUANTISING = 8  # operations between a tensor as it is stored and as it is multiplied
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+INTEGERS = (torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def build(view: SemanticView, root: Value, output: Node, border: Collection[Valu
         dtype=dtype, out_dtype=output.meta["val"].dtype, weight_is_kn=layouts.pop(),
         features=tuple(p.features.first for p in products) if any(_is_part(p) for p in products) else (),
         feature_step=products[0].features.step,
-        computed_from=next(filter(None, map(_stored_narrower, weights)), None),
+        computed_from=next(filter(None, map(stored_narrower, weights)), None),
     )  # fmt: skip
     tail = (*weights, *(n for _, n in extras))
     families = []
@@ -170,12 +172,13 @@ def _weight_operand(view: SemanticView, product: Product) -> tuple[Node, bool] |
     return "a weight's storage could not be found as a matrix; make it contiguous"
 
 
-def _stored_narrower(weight: Node) -> torch.dtype | None:
-    """The 8-bit floating type that a weight is computed from, element by element; None where there is none nearby."""
-    node, size = weight, count(shape_of(weight))
+def stored_narrower(node: Node, *, floating: bool = True) -> torch.dtype | None:
+    """The 8-bit type (floating, or integer) that a tensor is computed from, element by element; None where there is
+    none nearby."""
+    size = count(shape_of(node))
     for _ in range(DEQUANTISING):
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype.itemsize == 1:
+        if isinstance(value, torch.Tensor) and value.dtype in (FLOATS if floating else INTEGERS):
             return value.dtype
         tensors = (n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
         wide = [n for n in tensors if count(shape_of(n)) == size]

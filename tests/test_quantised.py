@@ -95,9 +95,9 @@ class Projections(torch.nn.Module):
 
     def __init__(self, k: int = K, layer: bool = False) -> None:
         super().__init__()
-        self.q, self.k, self.v = Split(k, 48), Split(k, 16), Split(k, 16, seed=1)
+        self.q, self.k, self.v = Split(k, 16), Split(k, 8), Split(k, 8, seed=1)
         self.norm = torch.nn.LayerNorm(k) if layer else torch.nn.RMSNorm(k, eps=1e-5)
-        self.bias = torch.nn.Parameter(torch.randn(48, generator=torch.Generator().manual_seed(2)))
+        self.bias = torch.nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(2)))
         with torch.no_grad():
             for parameter in self.norm.parameters():
                 parameter += torch.randn(k, generator=torch.Generator().manual_seed(3)) / 4
@@ -112,9 +112,18 @@ class Projections(torch.nn.Module):
         return [h @ self.q.weight().T + bias, h @ self.k.weight().T, h @ self.v.weight().T]
 
 
-@pytest.mark.parametrize(("k", "layer", "activations"), [(K, False, "float"), (320, True, "float"), (K, False, "q8_1")])
-def test_a_norm_and_linears_of_one_input_are_one_kernel_for_one_row(k, layer, activations):
-    model, x = Projections(k, layer).to(HALF), torch.randn(1, k, dtype=HALF)
+@pytest.mark.parametrize(
+    ("rows", "k", "layer", "activations"),
+    [
+        (1, K, False, "float"),
+        (1, 320, True, "float"),
+        (3, K, True, "float"),
+        (2, K, False, "float"),
+        (4, K, False, "q8_1"),
+    ],
+)
+def test_a_norm_and_linears_of_one_input_are_one_kernel_for_few_rows(rows, k, layer, activations):
+    model, x = Projections(k, layer).to(HALF), torch.randn(rows, k, dtype=HALF)
     out, report = compiled(model, x, machine=FEW, activations=activations)
     [decision] = report.fused
     assert decision.pattern == "qkv_projection" and decision.kernel.startswith("triton packed_gemv")
@@ -125,12 +134,12 @@ def test_a_norm_and_linears_of_one_input_are_one_kernel_for_one_row(k, layer, ac
         assert relative(ours, exact) <= allowed
 
 
-def test_linears_of_one_input_are_separate_kernels_for_several_rows():
-    model, x = Projections().to(HALF), torch.randn(3, K, dtype=HALF)
+def test_linears_of_one_input_are_separate_kernels_for_more_rows():
+    model, x = Projections().to(HALF), torch.randn(5, K, dtype=HALF)
     out, report = compiled(model, x)
     assert {d.pattern for d in report.fused} == {"quantised_linear"} and len(report.fused) == 3
     [together] = [d for d in report.decisions if d.pattern == "qkv_projection"]
-    assert "for one row" in str([option.reason for option in together.candidates])
+    assert "up to 4 rows" in str([option.reason for option in together.candidates])
     for ours, eager, exact in zip(out, model(x), model.exact(x), strict=True):
         assert relative(ours, exact) <= 1.5 * relative(eager, exact)
 
@@ -138,21 +147,21 @@ def test_linears_of_one_input_are_separate_kernels_for_several_rows():
 class Block(torch.nn.Module):
     """A norm, a linear, an activation and a residual."""
 
-    def __init__(self) -> None:
+    def __init__(self, k: int = 64) -> None:
         super().__init__()
-        self.linear, self.norm = Split(K, K), torch.nn.RMSNorm(K, eps=1e-5)
+        self.linear, self.norm = Split(k, k), torch.nn.RMSNorm(k, eps=1e-5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + F.gelu(self.linear(self.norm(x)))
 
 
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 2, 16])
 def test_a_residual_and_an_activation_are_written_with_the_product(rows):
-    model, x = Block().to(HALF), torch.randn(rows, K, dtype=HALF)
-    out, report = compiled(model, x, machine=FEW if rows == 1 else SLOW, disable=[])
+    model, x = Block().to(HALF), torch.randn(rows, 64, dtype=HALF)
+    out, report = compiled(model, x, machine=FEW if rows < 5 else SLOW, disable=[])
     [decision] = report.fused
     assert decision.pattern == "linear_epilogue" and decision.kernel.startswith("triton packed")
-    assert dict(decision.details).get("folded norm") == ("rms" if rows == 1 else None)
+    assert dict(decision.details).get("folded norm") == ("rms" if rows < 5 else None)
     h = copy.deepcopy(model.norm).double()(x.double())
     exact = x.double() + F.gelu(h @ model.linear.weight().T)
     assert relative(out, exact) <= 1.5 * relative(model(x), exact)
@@ -189,8 +198,9 @@ def test_four_bit_weights_on_a_cpu_are_kept_and_it_is_said_what_to_do():
     assert torch.allclose(model(x), out, atol=1e-5)
 
 
-def test_ggmls_numerics_are_used_where_allowed():
-    model, x = SPELLINGS["split"](), torch.randn(1, K, dtype=HALF)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_ggmls_numerics_are_used_where_allowed(rows):
+    model, x = SPELLINGS["split"](n=16), torch.randn(rows, K, dtype=HALF)
     out, report = compiled(model, x, activations="q8_1", machine=FEW)
     [decision] = report.fused
     assert dict(decision.details)["numerics"] == "Q8_1 activations"
@@ -199,6 +209,33 @@ def test_ggmls_numerics_are_used_where_allowed():
     assert relative(out, exact) ** 2 <= 1e-6
     with pytest.raises(BackendCompilerFailed, match="one of float, q8_1"):
         compiled(model, x, activations="q4")
+
+
+def test_activations_that_are_rounded_already_keep_their_two_kernels():
+    model, x = SPELLINGS["rounded activations"](), torch.randn(1, K, dtype=HALF)
+    _, report = compiled(model, x, activations="q8_1", machine=FEW)
+    [decision] = report.fused
+    assert "15-bit" in dict(decision.details)["numerics"]
+    [told] = [n for n in report.near_misses if n.pattern == "quantised_linear"]
+    assert "codes of 8 bits already" in told.reason
+
+
+FIVE = ("raw bytes", "split", "rounded activations", "integer weights", "grouped")
+
+
+@pytest.mark.parametrize("name", FIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_each_spelling_has_a_kernel_as_right_as_eager_or_a_cure(name, dtype):
+    model, x = SPELLINGS[name](k=256, n=256).to(dtype), torch.randn(2, 256, dtype=dtype)
+    out, report = compiled(model, x, machine="cpu")
+    [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
+    if name == "integer weights" and dtype == torch.bfloat16:
+        assert decision.verdict == "fused"
+        reference = x.double() @ model.weight().T
+        assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+    else:
+        assert decision.verdict == "kept" and "fc.ggml.dequantise" in decision.reason
+        assert torch.allclose(out, model(x))
 
 
 def test_codes_take_up_to_64_rows_and_inductor_the_rest():
@@ -280,7 +317,7 @@ def compile_all() -> list[tuple[str, int]]:
         source, constants = PackedSwap(op, plan, facts(op, plan), native=True).write(), {}
         if m == 1:
             plan = packed_predict.gemv_plan(op)
-            source = PackedGemv(op, plan, 132, native=True).write()
+            source = PackedGemv(op, plan, 132, 1024, native=True).write()
         else:
             constants = {"x_stride": 1024, "N": 4096, "K": 1024, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
         kernel = load_kernel(source.text, source.name)

@@ -129,3 +129,12 @@ def test_a_norm_goes_where_it_saves_most(rows: int, winner: str) -> None:
 
     made = planned(mlp, (rows, 4096), (4096,), (14336, 4096), (14336, 4096))
     assert [d.pattern for d in made.fused] == [winner], [(d.pattern, d.reason) for d in made.decisions]
+
+
+def test_the_linear_behind_an_attention_of_one_query_can_be_fused_as_well() -> None:
+    def step(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        p = torch.softmax(q @ k.transpose(-1, -2) * 0.125, -1)
+        return x + F.linear((p @ k).transpose(1, 2).reshape(1, 1, -1), w)
+
+    report = planned(step, (1, 32, 1, 64), (1, 32, 4096, 64), (2048, 2048), (1, 1, 2048))
+    assert sorted(d.pattern for d in report.fused) == ["attention", "linear_epilogue"]

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from ..algebra import Value
 from ..fused import FusedOp, MatmulFamily, MatmulGroup, Site
 from ..match import Match, NearMiss
-from ..matmul_family import build
+from ..matmul_family import build, stored_narrower
 from ..semantics import SemanticView
 from ..sites import outputs_of, site_of
 from ..torch_private.fake_tensors import contents, really
@@ -27,6 +27,10 @@ PATTERN = "quantised_linear"
 BLOCK_BY_BLOCK = (
     "it multiplies codes block by block, and the products of every block pass through memory; multiply the rounded "
     "activations with their scales and write F.linear(scale · code, weight)"
+)
+ROUNDED = (
+    "its activations are computed from codes of 8 bits already and are not rounded a second time: the kernel that "
+    "makes them stays, and the product reads what it writes"
 )
 LONGEST = 256  # nodes of a formula
 SMALL = 64  # elements of a constant
@@ -159,15 +163,18 @@ def _whole(view: SemanticView, linear: Value) -> Value:
         root = above
 
 
-def with_packed_weights(view: SemanticView, matches: Iterable[Match], *, q8_activations: bool = False) -> list[Match]:
+def with_packed_weights(
+    view: SemanticView, matches: Iterable[Match], *, q8_activations: bool = False
+) -> tuple[list[Match], list[NearMiss]]:
     """`matches`, those around linears with packed weights (a gated MLP, projections of one input) offered on these too;
-    with `q8_activations` each is also offered with its input rounded to 8 bits."""
+    with `q8_activations` each is also offered with its input rounded to 8 bits, and what is rounded already is told."""
     matches = list(matches)
     found = {m.site.output for m in matches if m.pattern == PATTERN}
     if not found:
-        return matches
+        return matches, []
     reader = _reader(view)
-    result = []
+    result: list[Match] = []
+    rounded: dict[Node, NearMiss] = {}
     for match in matches:
         forms = [(match.op, match.site), *match.alternatives]
         more: list[tuple[FusedOp, Site]] = []
@@ -176,9 +183,13 @@ def with_packed_weights(view: SemanticView, matches: Iterable[Match], *, q8_acti
             more += [m for m in made if isinstance(m, tuple)]
         if q8_activations:
             packed = [(op, site) for op, site in (*forms, *more) if isinstance(op, Matmuls) and op.whole.packed]
-            more += [(_rounding(op), site) for op, site in packed]
+            for op, site in packed:
+                if stored_narrower(site.operands[0], floating=False) is None:
+                    more.append((_rounding(op), site))
+                else:
+                    rounded[site.output] = NearMiss(PATTERN, site.operands[0], ROUNDED, site.output)
         result.append(replace(match, alternatives=(*more, *match.alternatives)) if more else match)
-    return result
+    return result, list(rounded.values())
 
 
 def _rounding(op: Matmuls) -> Matmuls:

@@ -1,11 +1,11 @@
-"""Writes the kernel for one row of x and Q4_0 weights, on integer dot products.
+"""Writes the kernel for up to 4 rows of x and Q4_0 weights, on integer dot products.
 
-x is made of integers on chip, once in a program, which then walks over tiles of the output with all of K in registers:
+x is made of integers on chip, once in a program, which then walks over tiles of the output with all of x in registers:
 per block of 32, x ≈ step · (128 · coarse + fine) with steps of 1/16256 of the block's maximum, two digits of 8 bits
 that err less than float16 does; or, as ggml has it (Q8_1), one digit in steps of 1/127. A thread holds whole blocks, so
 that what belongs to a block is summed as integers inside of it. The next tile is asked for before this one is used.
 
-A norm in front costs a sum over a row that is in registers already. Linears of one input follow each other in the walk:
+A norm in front costs a sum over rows that are in registers already. Linears of one input follow each other in the walk:
 a tile belongs to one of them, whose weight it reads and whose result it writes.
 """
 
@@ -50,6 +50,7 @@ def word(a, b, c, d):
 
 """
 FOURS = ("low", "high")
+ELEMENTS = {f"{part}{e}": e + offset for part, offset in zip(FOURS, (0, 16), strict=True) for e in range(4)}
 
 
 def blocks_of(op: MatmulFamily) -> int:
@@ -58,10 +59,13 @@ def blocks_of(op: MatmulFamily) -> int:
 
 
 class PackedGemv:
-    """The text for a plan: `block_n` features per tile, in a grid of `programs`."""
+    """The text for a plan: `block_n` features per tile, in a grid of `programs`; rows of x lie `x_stride` apart."""
 
-    def __init__(self, op: MatmulFamily | MatmulGroup, plan: Plan, programs: int, *, native: bool) -> None:
+    def __init__(
+        self, op: MatmulFamily | MatmulGroup, plan: Plan, programs: int, x_stride: int, *, native: bool
+    ) -> None:
         self.op, self.parts, self.plan, self.programs, self.native = op.whole, op.parts, plan, programs, native
+        self.rows, self.x_stride = int(op.m), x_stride
         self.packed = self.op.packed[0]  # all are laid out alike
         self.blocks = blocks_of(self.op)
         self.even = self.blocks * 32 == int(self.op.k)
@@ -101,7 +105,9 @@ class PackedGemv:
         self.emit(f"first = tl.program_id(0) * {self.plan.block_n}")
         self.pointers()
         self.ask("first", level=1)
-        self.digits_of_x()
+        self.load_norm()
+        for row in range(self.rows):
+            self.digits_of_x(row)
         self.emit(f"for at in range(first, {n}, {step}):")
         for i in range(self.op.weights):
             self.emit(f"w{i}_now = w{i}_next", f"s{i}_now = s{i}_next.to(tl.float32)", level=2)
@@ -165,74 +171,107 @@ class PackedGemv:
             self.emit(f"s{i}_next = tl.load({at}{plain}{policy})", level=level)
 
     # ---- x -------------------------------------------------------------------------------------
-    def digits_of_x(self) -> None:
-        inside = "" if self.even else f", mask=b[:, None] < {int(self.op.k) // 32}, other=0"
-        self.emit("x_at = (x + b[:, None] * 32 + j[None, :] * 4).to(tl.pointer_type(tl.int64))")
-        names = {part: [f"{part}{e}" for e in range(4)] for part in FOURS}
+    @property
+    def inside(self) -> str:
+        """The mask of what is loaded along K."""
+        return "" if self.even else f", mask=b[:, None] < {int(self.op.k) // 32}, other=0"
+
+    def load_norm(self) -> None:
+        """The norm's vectors, asked for before the sums over x are waited for."""
+        norm = self.op.norm
+        if norm is None:
+            return
+        self.emit("k = b[:, None] * 32 + j[None, :] * 4")
+        for name, offset in ELEMENTS.items():
+            if norm.has_weight:
+                self.emit(f"g_{name} = tl.load(norm_weight + k + {offset}{self.inside}).to(tl.float32)")
+            if norm.has_bias:
+                self.emit(f"b_{name} = tl.load(norm_bias + k + {offset}{self.inside}).to(tl.float32)")
+
+    def digits_of_x(self, row: int) -> None:
+        first = f"x + {row * self.x_stride}" if row else "x"
+        self.emit(f"x_at = ({first} + b[:, None] * 32 + j[None, :] * 4).to(tl.pointer_type(tl.int64))")
         for part, offset in zip(FOURS, (0, 4), strict=True):
-            self.emit(f"four = tl.load(x_at + {offset}{inside})")
-            self.emit(*(f"{name} = element(four, {e}, x)" for e, name in enumerate(names[part])))
-        everything = [*names["low"], *names["high"]]
-        self.normalise({name: e % 4 + e // 4 * 16 for e, name in enumerate(everything)}, inside)
+            self.emit(f"four = tl.load(x_at + {offset}{self.inside})")
+            self.emit(*(f"{part}{e} = element(four, {e}, x)" for e in range(4)))
+        self.normalise()
         self.emit("largest = tl.abs(low0)")
-        self.emit(*(f"largest = tl.maximum(largest, tl.abs({name}))" for name in everything[1:]))
+        self.emit(*(f"largest = tl.maximum(largest, tl.abs({name}))" for name in list(ELEMENTS)[1:]))
         self.emit(f"step = tl.max(largest, 1) / {127.0 if self.op.q8_activations else 16256.0}")
         self.emit("inverse = tl.where(step == 0, 0.0, 1 / step)[:, None]")
-        self.emit(*(f"{name} = rounded({name}, inverse)" for name in everything))
-        self.emit(f"total = tl.sum({' + '.join(everything)}, 1)[None, :] * {int(self.packed.zero)}")  # type: ignore[arg-type]
+        self.emit(*(f"{name} = rounded({name}, inverse)" for name in ELEMENTS))
+        self.emit(f"total{row} = tl.sum({' + '.join(ELEMENTS)}, 1)[None, :] * {int(self.packed.zero)}")  # type: ignore[arg-type]
         taken = {"fine": "{} & 127", "coarse": "{}" if self.op.q8_activations else "{} >> 7"}
         for digit in self.digits:
             for part in FOURS:
-                elements = ", ".join(taken[digit].format(name) for name in names[part])
-                self.emit(f"{digit}_{part} = word({elements})[None, :, :]")
+                elements = ", ".join(taken[digit].format(f"{part}{e}") for e in range(4))
+                self.emit(f"{digit}{row}_{part} = word({elements})[None, :, :]")
         # a scale of Q8_1 is stored in float16
-        self.emit(f"step = step{'.to(tl.float16).to(tl.float32)' if self.op.q8_activations else ''}[None, :]")
+        self.emit(f"step{row} = step{'.to(tl.float16).to(tl.float32)' if self.op.q8_activations else ''}[None, :]")
 
-    def normalise(self, offsets: dict[str, int], inside: str) -> None:
-        """The norm in front of the elements of x, whose places from the first of their fours `offsets` gives."""
+    def normalise(self) -> None:
+        """The norm in front of the elements of a row."""
         norm, k = self.op.norm, int(self.op.k)
         if norm is None:
             return
         if norm.kind == "layer":
-            self.emit(f"mean = tl.sum(tl.sum({' + '.join(offsets)}, 1), 0) / {k}")
-            for name in offsets:
+            self.emit(f"mean = tl.sum(tl.sum({' + '.join(ELEMENTS)}, 1), 0) / {k}")
+            for name in ELEMENTS:
                 centred = f"{name} - mean"
-                self.emit(f"{name} = " + (f"tl.where(b[:, None] < {k // 32}, {centred}, 0.0)" if inside else centred))
-        squares = " + ".join(f"{name} * {name}" for name in offsets)
+                inside = f"tl.where(b[:, None] < {k // 32}, {centred}, 0.0)"
+                self.emit(f"{name} = {centred if self.even else inside}")
+        squares = " + ".join(f"{name} * {name}" for name in ELEMENTS)
         self.emit(f"rstd = tl.rsqrt(tl.sum(tl.sum({squares}, 1), 0) / {k} + {literal(norm.eps)})")
-        self.emit("k = b[:, None] * 32 + j[None, :] * 4")
-        for name, offset in offsets.items():
-            factor, added = "rstd", ""
-            if norm.has_weight:
-                factor = f"(tl.load(norm_weight + k + {offset}{inside}).to(tl.float32) + {literal(norm.offset)}) * rstd"
-            if norm.has_bias:
-                added = f" + tl.load(norm_bias + k + {offset}{inside}).to(tl.float32)"
-            self.emit(f"{name} = {name} * ({factor}){added}")
+        for name in ELEMENTS:
+            weight = f" * (g_{name} + {literal(norm.offset)})" if norm.offset else f" * g_{name}"
+            bias = f" + b_{name}" if norm.has_bias else ""
+            self.emit(f"{name} = {name} * rstd{weight if norm.has_weight else ''}{bias}")
 
     def products(self) -> None:
         for i in range(self.op.weights):
             self.emit(f"low = w{i}_now & 0x0F0F0F0F", f"high = (w{i}_now >> 4) & 0x0F0F0F0F", level=2)
-            for digit in self.digits:
-                dots = f"dot8(low, high, {digit}_low, {digit}_high)"
-                self.emit(f"{digit} = tl.sum({dots}, 2)", level=2)
-            dots = "coarse" if self.op.q8_activations else "fine + coarse * 128"
-            self.emit(f"acc{i} = tl.sum(({dots} - total).to(tl.float32) * (s{i}_now * step), 1)", level=2)
+            for row in range(self.rows):
+                for digit in self.digits:
+                    dots = f"dot8(low, high, {digit}{row}_low, {digit}{row}_high)"
+                    self.emit(f"{digit} = tl.sum({dots}, 2)", level=2)
+                dots = "coarse" if self.op.q8_activations else "fine + coarse * 128"
+                self.emit(f"p{row} = ({dots} - total{row}).to(tl.float32) * (s{i}_now * step{row})", level=2)
+            if self.rows > 1:  # the rows of a tile are summed together
+                p = [f"p{row}" if row < self.rows else "tl.zeros_like(p0)" for row in range(self.padded)]
+                both = f"tl.join({p[0]}, {p[1]})"
+                if self.padded == 4:
+                    four = f"tl.join(tl.join({p[0]}, {p[2]}), tl.join({p[1]}, {p[3]}))"
+                    both = f"tl.reshape({four}, ({self.plan.block_n}, {self.blocks}, 4))"
+                self.emit(f"p0 = {both}", level=2)
+            self.emit(f"acc{i} = tl.sum(p0, 1)", level=2)
+
+    @property
+    def padded(self) -> int:
+        """Rows of the accumulators, a power of two."""
+        return 1 << (self.rows - 1).bit_length()
 
     # ---- the results ---------------------------------------------------------------------------
     def store(self) -> None:
+        if self.rows > 1:
+            self.emit(f"m = tl.arange(0, {self.padded})[None, :]", level=2)
+        mask = f", mask=m < {self.rows}" if self.rows < self.padded else ""
+        read = f"{mask}, other=0.0" if mask else ""
         for p, part in enumerate(self.parts):
             level, begin = 2, self.begin(p)
             if self.several:
                 self.emit(f"if (at >= {begin}) & (at < {self.begin(p + 1)}):", level=2)
                 level = 3
-            self.emit(f"n = at - {begin} + r" if begin else "n = at + r", level=level)
+            n = f"at - {begin} + r" if begin else "at + r"
+            self.emit(f"n = {n}" if self.rows == 1 else f"n = ({n})[:, None]", level=level)
+            full = "n" if self.rows == 1 else f"m * {int(part.n)} + n"
             for j, extra in enumerate(part.extras):
                 first = f"{extra.first} + " if extra.first else ""
-                place = {"full": "n", "col": f"{first}n", "row": "0", "scalar": "0"}[extra.kind]
+                row = "0" if self.rows == 1 else f"m{read}"
+                place = {"full": f"{full}{read}", "col": f"{first}n", "row": row, "scalar": "0"}[extra.kind]
                 e = self.numbered(p, j)
                 self.emit(f"e{e} = tl.load(extra{e} + {place}).to(tl.float32)", level=level)
             lines, result = print_pointwise(part.epilogue, functools.partial(self.leaf, p), "t")
-            self.emit(*lines, f"tl.store({self.outputs[p]} + n, {result})", level=level)
+            self.emit(*lines, f"tl.store({self.outputs[p]} + {full}, {result}{mask})", level=level)
 
     def leaf(self, p: int, leaf: Value) -> str:
         index = int(leaf.attr("index"))

@@ -41,16 +41,16 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
-    """The kernel for one row where it serves, and the best tile for each range of M."""
+    """The kernel for few rows where it serves, and the best tile for each range of M."""
     refusal = _refusal(op, machine)
     if refusal is not None:
         return Unavailable(refusal)
     m = amount(op.m)
     found = []
-    plan = packed_predict.gemv_plan(op)
-    if m == 1 and plan is not None and _for_gemv(op):
-        found.append(_gemv_candidate(op, machine, plan))
-    limited = _one_row_only(op)
+    if isinstance(m, int) and m <= packed_predict.GEMV_ROWS and _for_gemv(op):
+        plan = packed_predict.gemv_plan(op)
+        found += [_gemv_candidate(op, machine, plan)] if plan is not None else []
+    limited = _few_rows_only(op)
     if limited:
         return found or Unavailable(f"{limited}, and M is {m}")
     assert isinstance(op, MatmulFamily)
@@ -63,13 +63,14 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
     return found or Unavailable(f"no tile divides K = {op.k} and its groups evenly")
 
 
-def _one_row_only(op: Matmuls) -> str:
-    """What the kernel for one row does and tiles do not."""
+def _few_rows_only(op: Matmuls) -> str:
+    """What the kernel for few rows does and tiles do not."""
+    few = f"up to {packed_predict.GEMV_ROWS} rows"
     if op.whole.q8_activations:
-        return "Q8_1 activations are multiplied with Q4_0 weights for one row in this kernel"
+        return f"Q8_1 activations are multiplied with Q4_0 weights for {few}"
     if op.whole.norm is not None:
-        return "a norm is folded in front of packed weights for one row, where the row is in registers anyway"
-    return "packed weights of one input share a launch for one row" if len(op.parts) > 1 else ""
+        return f"a norm is folded in front of packed weights for {few}, which are in registers anyway"
+    return f"packed weights of one input share a launch for {few}" if len(op.parts) > 1 else ""
 
 
 def _for_gemv(op: Matmuls) -> bool:
@@ -191,9 +192,11 @@ def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Sit
 def emit_gemv(
     op: Matmuls, plan: Plan, programs: int, native: bool, builder: Builder, site: Site
 ) -> Node | tuple[Node, ...]:
-    """The same for the kernel for one row, which is read eight bytes at a time; a node for each of several results."""
-    source = PackedGemv(op, plan, programs, native=native).write()
-    _, x = rows_of(builder, site.operands[0], int(op.whole.k))
+    """The same for the kernel for few rows, read eight bytes at a time; a node for each of several results."""
+    x_stride, x = rows_of(builder, site.operands[0], int(op.whole.k))
+    if x_stride % 4:
+        x_stride, x = int(op.whole.k), builder.contiguous(x)
+    source = PackedGemv(op, plan, programs, x_stride, native=native).write()
     return _launched(op, plan, source, programs, _aligned(builder, x), {}, builder, site)
 
 

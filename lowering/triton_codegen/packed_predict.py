@@ -31,6 +31,7 @@ from .shared_memory import within
 Matmuls = MatmulFamily | MatmulGroup
 
 SHORTEST = 64  # elements of K in a tile
+GEMV_ROWS = 4
 GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
 GEMV_BYTES = 64  # of weights that a thread asks for at once
 
@@ -71,13 +72,17 @@ def plans(op: MatmulFamily, rows: int) -> list[Plan]:
 
 
 def gemv_plan(op: Matmuls) -> Plan | None:
-    """The tile of the kernel for one row: so many features that a thread asks for GEMV_BYTES of weights at once."""
-    blocks, weights = blocks_of(op.whole), op.whole.weights
+    """The tile of the kernel for few rows: so many features that a thread asks for GEMV_BYTES of weights at once, and
+    fewer where more rows of x take the registers."""
+    blocks, weights, rows = blocks_of(op.whole), op.whole.weights, int(op.m)
     block_n = max(1, 4 // weights)
     warps = max(1, blocks * block_n * weights * 16 // (32 * GEMV_BYTES))
+    if rows > 1:
+        digits = 1 if op.whole.q8_activations else 2
+        block_n = max(1, block_n // (2 if rows * digits <= 4 else 4))
     if any(int(part.n) % block_n for part in op.parts) or warps > GEMV_WARPS:
         return None
-    return Plan("gemv", 1, block_n, blocks * 32, warps)
+    return Plan("gemv", rows, block_n, blocks * 32, warps)
 
 
 def gemv_programs(op: Matmuls, plan: Plan, machine: Machine) -> int:
@@ -109,7 +114,7 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
 
 
 def gemv_seconds(op: Matmuls, plan: Plan, machine: Machine) -> float:
-    """Predicted time of one launch of the kernel for one row."""
+    """Predicted time of one launch of the kernel for few rows."""
     known = constants()["gemv"]
     traffic = matmul_traffic(op)
     whole = op.whole
@@ -120,6 +125,7 @@ def gemv_seconds(op: Matmuls, plan: Plan, machine: Machine) -> float:
     unaligned = known["unaligned"] if any(p.block != 16 for p in whole.packed) else 1.0
     start = known["start"] + (0.0 if whole.q8_activations else known["second_digit"])
     start += known["norm"] if whole.norm is not None else 0.0
+    start += known["row"] * (plan.rows - 1)
     # programs of many warps wait for each other at the end of each tile
     per_byte = known["per_byte"][str(max(4, power_of_two(plan.num_warps)))]
     return float(start + machine.launch_overhead + per_byte * unaligned * memory)

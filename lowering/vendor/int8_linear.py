@@ -23,7 +23,7 @@ from fusion_compiler.splice import Builder
 aten = torch.ops.aten
 MOST_ROWS = 64  # measured up to here: 3.4 to 6 times as fast as Inductor on 2 cores, 2048²
 MEMORY, COMPUTE = 0.5, 0.25  # of the machine's rates; it was never below
-CURE = "fc.ggml.dequantise(model) stores its weights as floats, once"
+CURE = "store it as floats, once (fc.ggml.dequantise(model) does so for the linears of fc.ggml)"
 
 
 class Int8Linear:
@@ -47,9 +47,14 @@ class Int8Linear:
 def _refusal(op: MatmulFamily) -> str | None:
     packed, m = op.packed[0], amount(op.m)
     if packed.order != "bytes" or packed.float8 or packed.scale is not None or packed.zero != 0:
-        return f"no ATen kernel for CPUs reads these codes as they lie, so the weight is dequantised each time; {CURE}"
+        return (
+            f"no ATen kernel for CPUs reads these codes as they lie, so the weight is dequantised at each call; {CURE}"
+        )
     if op.dtype != torch.bfloat16 or op.out_dtype != torch.bfloat16:
-        return f"ATen's kernel for 8-bit weights is as exact as eager in bfloat16 only, and this is {op.dtype}"
+        return (
+            f"ATen's kernel for 8-bit weights is as exact as eager in bfloat16 only, and this is {op.dtype}, so the "
+            f"weight is dequantised at each call; cast to bfloat16, or {CURE}"
+        )
     if not isinstance(m, int) or m > MOST_ROWS:
         return f"M = {m}: ATen's kernel for 8-bit weights is used for up to {MOST_ROWS} rows"
     leaves = sorted(v.op for v in op.epilogue.args)
