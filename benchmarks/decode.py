@@ -5,7 +5,8 @@ python -m benchmarks.decode --json figures.json --sweep    plans around it
 
 Times are medians of CUDA-graph replays, the caches rotated beyond L2. "cudnn" is torch's cuDNN attention reading the
 un-repeated cache with a mask tensor. Errors are against float64, over those of the plain formula. Keys and values are
-stored in bfloat16 or as codes: int8 and int4 with a scale (and for int4 a zero) per token and head, fp8 with one scale.
+stored in bfloat16, as they are or in pages in random order, or as codes: int8 and int4 with a scale (and for int4 a
+zero) per token and head, fp8 with one scale.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fusion_compiler.lowering.triton_codegen.decode.operands import (
     Operand,
     Operands,
     Plan,
+    Table,
     query_rows,
     row_tiles,
 )
@@ -58,6 +60,7 @@ class Case:
     queries: int = 1
     dtype: torch.dtype = torch.bfloat16
     stored: str = ""
+    page: int = 0
 
     def op(self) -> Attention:
         mask = Mask("causal" if self.queries > 1 else "length", position=True, tensor="additive", empty_rows="none")
@@ -68,7 +71,7 @@ class Case:
         )  # fmt: skip
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of q and of each of k and v."""
+        """Of q and of each of k and v, were they not in pages."""
         return (
             (self.batch, self.heads, self.queries, self.width),
             (self.batch, self.kv_heads, self.length, self.width),
@@ -82,7 +85,17 @@ class Case:
             every_row = Operand(self.dtype, (0,) * 4 if self.stored == "fp8" else _strides((*rows, 1)))
             shape = (*rows, self.width // (2 if codes.packed else 1))
             k = Operand(codes.dtype, _strides(shape), codes, every_row, every_row if codes.has_zero else None)
-        return Operands(q, k, k, q, position=POSITION)
+        table = None
+        if self.page:
+            blocks, rows, heads, columns = torch.empty(self.paged(), device="meta").stride()
+            k = Operand(self.dtype, (blocks, heads, rows, columns), page=self.page)
+            each = self.length // self.page
+            table = Table(torch.int32, (each, 1), self.batch * each)
+        return Operands(q, k, k, q, position=POSITION, table=table)
+
+    def paged(self) -> tuple[int, ...]:
+        """The shape of a cache in pages."""
+        return self.batch * self.length // self.page, self.page, self.kv_heads, self.width
 
     def floor(self) -> float:
         """Microseconds to read what is visible once at the copy bandwidth."""
@@ -102,6 +115,8 @@ CASES = (
     Case("B1 D128 cache 32768", 1, *GROUPED, 32768, 32768),
     *(Case(f"B1 D128 cache 32768 {s}", 1, *GROUPED, 32768, 32768, stored=s) for s in CODES),
     *(Case(f"B16 D128 cache 4096 {s}", 16, *GROUPED, 4096, 4096, stored=s) for s in CODES),
+    *(Case(f"B1 D128 cache 8192 pages of {n}", 1, *GROUPED, 8192, 8192, page=n) for n in (16, 64, 256)),
+    *(Case(f"B16 D128 cache 4096 pages of {n}", 16, *GROUPED, 4096, 4096, page=n) for n in (16, 64, 256)),
     Case("B1 D128 cache 8192 holding 512", 1, *GROUPED, 8192, 512),
     Case("B1 D128 cache 512", 1, *GROUPED, 512, 512),
     Case("B1 D128 cache 128", 1, *GROUPED, 128, 128),
@@ -150,7 +165,7 @@ def chosen(case: Case) -> Plan:
 
 # ---- building -------------------------------------------------------------------------------------
 def source(case: Case, plan: Plan) -> KernelSource:
-    return write(case.op(), plan, case.operands())
+    return write(case.op(), plan, case.operands(), native=True)
 
 
 # ---- measuring ------------------------------------------------------------------------------------
@@ -165,7 +180,10 @@ class Inputs:
         generator = torch.Generator("cuda").manual_seed(0)
         self.q = torch.randn(q_shape, device="cuda", generator=generator).to(case.dtype)
         self.generator = generator
-        self.caches = [tuple(self.drawn(kv_shape)) for _ in range(copies)]
+        self.caches = [tuple(self.drawn(case.paged() if case.page else kv_shape)) for _ in range(copies)]
+        if case.page:
+            order = torch.randperm(case.paged()[0], device="cuda", generator=generator).to(torch.int32)
+            self.table = order.view(case.batch, -1)
         self.position = torch.tensor(case.filled - case.queries, device="cuda", dtype=POSITION)
         keys = torch.arange(case.length, device="cuda")
         newest = self.position + torch.arange(case.queries, device="cuda")
@@ -192,7 +210,10 @@ class Inputs:
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The visible keys and values of the first copy, dequantised in `dtype`."""
-        tensors = [t[:, :, : self.case.filled] if t.dim() > 1 else t for t in self.caches[0]]
+        tensors = list(self.caches[0])
+        if self.case.page:
+            tensors = [t[self.table].flatten(1, 2).transpose(1, 2) for t in tensors]
+        tensors = [t[:, :, : self.case.filled] if t.dim() > 1 else t for t in tensors]
         codes = CODES.get(self.case.stored)
         if codes is None:
             return tuple(t.to(dtype) for t in tensors)
@@ -230,11 +251,12 @@ def launcher(case: Case, plan: Plan, inputs: Inputs) -> tuple[Tensor, Callable[.
         "stats": torch.full((*slots, 2), float("nan"), device="cuda"),
         "arrivals": torch.zeros(tiles, dtype=torch.int32, device="cuda"),
     }
+    fixed |= {"table": inputs.table} if case.page else {}
     kernel, grid = load_kernel(made.text, made.name), (tiles, plan.splits)
 
     def launch(*cache: Tensor) -> None:
         tensors = fixed | dict(zip(("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"), cache, strict=False))
-        kernel[grid](*(tensors[n] for n in made.tensors), num_warps=plan.num_warps, num_stages=plan.num_stages)
+        kernel[grid](*(tensors[n] for n in made.tensors), num_warps=plan.num_warps, num_stages=made.num_stages)
 
     return out, launch
 
@@ -273,7 +295,7 @@ def measure(case: Case, plans: list[Plan]) -> dict[str, Any]:
     result: dict[str, Any] = {"case": dataclasses.asdict(case) | {"dtype": str(case.dtype)}, "floor": case.floor()}
     for name, mask in (("cudnn", inputs.mask), ("cudnn_unmasked", None)):
         result[name] = math.nan
-        if case.stored:
+        if case.stored or case.page:
             continue
         try:
             result[name] = microseconds(cudnn(inputs, mask), inputs)

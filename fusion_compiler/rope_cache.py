@@ -29,6 +29,7 @@ from .sites import site_of
 aten = torch.ops.aten
 PATTERN = "rope_cache"
 SWAPPED = [0, 2, 1, 3]
+FEW = 64  # up to so many tokens a linear is likely a generated kernel, which writes the cast of its result that follows
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,20 @@ class Write:
     cache: Node
     at: Node
     rows: Node
+
+
+@dataclass(frozen=True)
+class Turned:
+    """`node` holds x after the rotation of `match`: of its first `rotary` elements, where that is not 0."""
+
+    match: Match
+    node: Node
+    x: Node
+    rotary: int = 0
+
+    @property
+    def angles(self) -> tuple[Node, ...]:
+        return self.match.site.operands[1:]
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     if not writes:
         return [], []
     position = {node: i for i, node in enumerate(view.graph_module.graph.nodes)}
-    rotations = {m.site.output: m for m in find_rope(view)[0] if isinstance(m.op, Declared) and m.op.function is rope}
+    rotations = _rotations(view)
     matches: list[Match] = []
     misses: list[NearMiss] = []
     taken: set[Node] = set()
@@ -67,8 +82,9 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
             continue
         values = [w for w in writes if w is not keys and _at_the_same(w.at, keys.at) and _alike(w, keys)]
         values = [w for w in values if w.node not in taken and _unswapped(w.rows)[0] not in rotations]
-        angles = rotations[turned].site.operands[1:]
+        angles = rotations[turned].angles
         others = [r for r in rotations if r not in taken and r is not turned and _turns(view, rotations[r], angles)]
+        others = [r for r in others if rotations[r].rotary == rotations[turned].rotary]
         others = [r for r in others if _is_query(r, turned, tokens_first)]
         if not values or not others:
             what = (
@@ -85,6 +101,39 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
         written = next(w for w in values if w.node is value)
         matches.append(_match(view, rotations[query], rotations[turned], keys, written, tokens_first))
     return matches, misses
+
+
+def _rotations(view: SemanticView) -> dict[Node, Turned]:
+    """What is turned, by the node that holds it: all of a tensor's last axis, or the first part of it."""
+    found = [m for m in find_rope(view)[0] if isinstance(m.op, Declared) and m.op.function is rope]
+    whole = {m.site.output: Turned(m, m.site.output, m.site.operands[0]) for m in found}
+    partly = (_partly(view, whole, node) for node in view.graph_module.graph.nodes)
+    return whole | {turned.node: turned for turned in partly if turned is not None}
+
+
+def _partly(view: SemanticView, whole: dict[Node, Turned], node: Node) -> Turned | None:
+    """`node` as the first elements of each row of a tensor, turned, beside the others as they are."""
+    if node.target is not aten.cat.default:
+        return None
+    parts, dim = arguments(node, (None, 0))
+    shape = shape_of(node)
+    if len(parts) != 2 or dim % len(shape) != len(shape) - 1:
+        return None
+    turned, rest, width = whole.get(_unswapped(parts[0])[0]), _slice(parts[1]), shape_of(parts[0])[-1]
+    first = _slice(turned.x) if turned is not None else None
+    if turned is None or first is None or rest is None or (first[1], rest[1]) != (0, width):
+        return None
+    fits = shape_of(rest[0]) == shape and _same(view, first[0], rest[0])
+    return Turned(turned.match, node, rest[0], width) if fits else None
+
+
+def _slice(node: Node) -> tuple[Node, int] | None:
+    """(x, i) where `node` is x[..., i:] or a part of it."""
+    if node.target is not aten.slice.Tensor:
+        return None
+    x, dim, first, _, step = arguments(node, (None, 0, None, None, 1))
+    last = len(shape_of(node)) - 1
+    return (x, first or 0) if dim % (last + 1) == last and step == 1 else None
 
 
 def _write(node: Node) -> Write | None:
@@ -141,8 +190,8 @@ def _alike(values: Write, keys: Write) -> bool:
     )
 
 
-def _turns(view: SemanticView, rotation: Match, angles: Sequence[Node]) -> bool:
-    return all(_same(view, a, b) for a, b in zip(rotation.site.operands[1:], angles, strict=True))
+def _turns(view: SemanticView, rotation: Turned, angles: Sequence[Node]) -> bool:
+    return all(_same(view, a, b) for a, b in zip(rotation.angles, angles, strict=True))
 
 
 def _is_query(query: Node, keys: Node, tokens_first: bool) -> bool:
@@ -152,29 +201,30 @@ def _is_query(query: Node, keys: Node, tokens_first: bool) -> bool:
     return len(q) == 4 and [q[d] for d in beside] == [k[d] for d in beside] and q[head] % k[head] == 0
 
 
-def _match(view: SemanticView, query: Match, key: Match, keys: Write, values: Write, tokens_first: bool) -> Match:
-    q, k = (_source(view, m.site.operands[0]) for m in (query, key))
+def _match(view: SemanticView, query: Turned, key: Turned, keys: Write, values: Write, tokens_first: bool) -> Match:
+    q, k = (_source(view, turned.x) for turned in (query, key))
     scalar, offset = _counted(keys.at)
-    out, swapped = _seen_as(query.site.output)
+    out, swapped = _seen_as(query.node)
     outputs = sorted((out, keys.node, values.node))
     names = {out: "out", keys.node: "keys", values.node: "values"}
     last, others = outputs[-1], tuple(outputs[:-1])
     weights = [s.weight for s in (q, k) if s.weight is not None]
     operands = (
-        q.node, k.node, values.rows, *key.site.operands[1:], keys.cache, values.cache, scalar or keys.at, *weights
+        q.node, k.node, values.rows, *key.angles, keys.cache, values.cache, scalar or keys.at, *weights
     )  # fmt: skip
     first = {
         "q": tokens_first ^ q.swapped, "k": tokens_first ^ k.swapped, "out": tokens_first ^ swapped,
         "angles": tokens_first,
     }  # fmt: skip
-    assert isinstance(key.op, Declared)
+    assert isinstance(key.match.op, Declared)
     batch, kv_heads, cache_length, width = shape_of(keys.cache)
     op = RopeCache(
-        batch=batch, heads=shape_of(query.site.output)[2 if tokens_first else 1], kv_heads=kv_heads,
+        batch=batch, heads=shape_of(query.node)[2 if tokens_first else 1], kv_heads=kv_heads,
         length=shape_of(keys.rows)[2], cache_length=cache_length, head_dim=width, v_dim=shape_of(values.cache)[3],
         results=tuple(names[n] for n in (last, *others)), dtype=keys.cache.meta["val"].dtype,
-        interleaved=bool(key.op.arguments[-1]), tokens_first=frozenset(n for n in first if first[n]),
+        interleaved=bool(key.match.op.arguments[-1]), tokens_first=frozenset(n for n in first if first[n]),
         indexed=scalar is None, offset=offset, q_norm=q.norm, k_norm=k.norm,
+        rotary=key.rotary,
     )  # fmt: skip
     return Match(PATTERN, op, site_of(view, last, operands, others))
 
@@ -196,7 +246,8 @@ def _source(view: SemanticView, node: Node) -> Source:
     if not inner or (len(value.args) > 1 and not weights):
         return Source(node)
     norm = RowNorm("rms", value.attr("eps"), bool(weights), offset=value.attr("offset"))
-    return Source(inner[0], swapped, norm, weights[0] if weights else None)
+    tokens = shape_of(node)[0] * shape_of(node)[1 if swapped else 2]
+    return Source(inner[-1] if tokens <= FEW else inner[0], swapped, norm, weights[0] if weights else None)
 
 
 def _counted(at: Node) -> tuple[Node | None, int]:

@@ -282,6 +282,6 @@ def compile_all(case: str) -> None:
     for target in TARGETS:
         made = compile_text(
             source.text, source.name, source.tensors, source.sizes, {}, GPUTarget(*target),
-            num_warps=plan.num_warps, num_stages=2 if target[0] == "hip" else plan.num_stages,
+            num_warps=plan.num_warps, num_stages=2 if target[0] == "hip" else source.num_stages,
         )  # fmt: skip
         assert resources(made).spills == 0, (target, resources(made))

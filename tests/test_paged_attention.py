@@ -200,6 +200,6 @@ def compile_all() -> None:
         for target in TARGETS:
             made = compile_text(
                 source.text, source.name, source.tensors, source.sizes, {}, GPUTarget(*target),
-                num_warps=4, num_stages=2 if target[0] == "hip" else 3,
+                num_warps=4, num_stages=2 if target[0] == "hip" else source.num_stages,
             )  # fmt: skip
             assert resources(made).spills == 0, (target, resources(made))

@@ -205,9 +205,9 @@ def compile_all() -> None:
         assert plan is not None
         plan = replace(plan, splits=4)
         builder = splice.Builder(graph_module, site.place)
-        source = decode.prepared(op, plan, builder, site)[0]
+        source = decode.prepared(op, plan, builder, site, native=True)[0]
         made = compile_text(
             source.text, source.name, source.tensors, source.sizes, {}, GPUTarget("cuda", 90, 32),
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
+            num_warps=plan.num_warps, num_stages=source.num_stages,
         )  # fmt: skip
         assert resources(made).spills == 0, (case, resources(made))

@@ -67,7 +67,39 @@ def interleaved(
     return q, keys.clone(), values.clone()
 
 
-CASES: dict[str, tuple[Step, int]] = {"llama": (llama, 0), "qwen3": (qwen3, 2), "interleaved": (interleaved, 0)}
+def partial(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, position: Tensor
+) -> tuple[Tensor, ...]:
+    """GPT-NeoX, Phi, GLM: the first elements of each head alone are turned."""
+    q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
+    angles = angles[:, : D // 4 - 1]
+    cos, sin = (torch.cat((f(angles), f(angles)), -1)[None, None].to(q.dtype) for f in (torch.cos, torch.sin))
+    width = cos.shape[-1]
+    q, k = (torch.cat((t[..., :width] * cos + rotate_half(t[..., :width]) * sin, t[..., width:]), -1) for t in (q, k))
+    at = torch.arange(L, device=q.device) + position
+    return q, keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
+
+
+def partial_normed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+) -> tuple[Tensor, ...]:
+    q = F.rms_norm(q.view(B, L, -1, D), (D,), wq, 1e-6).flatten(2)
+    k = F.rms_norm(k.view(B, L, -1, D), (D,), wk, 1e-6).flatten(2)
+    return partial(q, k, v, angles, keys, values, position)
+
+
+CASES: dict[str, tuple[Step, int]] = {
+    "llama": (llama, 0), "qwen3": (qwen3, 2), "interleaved": (interleaved, 0), "partial": (partial, 0),
+    "partial, norms": (partial_normed, 2),
+}  # fmt: skip
 
 
 def inputs_of(case: str, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -17,7 +17,8 @@ class RopeCache:
     turned queries. What of "q", "k" and "out" `tokens_first` names stands as [B, L, heads, D]; cos and sin broadcast to
     the shape of q, as [B, L, heads, D] where it names "angles", or to half of its last axis. The halves (a, b) of D, or
     its even and odd elements where `interleaved`, become (a·cos − b·sin, b·cos + a·sin), after a norm of each head
-    where there is one. Token t goes to position `offset` + scalar + t, or to the t-th of the indices where `indexed`.
+    where there is one; of the first `rotary` elements of D, where that is not 0, and the others stay as they are. Token
+    t goes to position `offset` + scalar + t, or to the t-th of the indices where `indexed`.
 
     Operands of a site, in this order: q, k, v, cos, sin, key cache, value cache, the scalar or indices [L], [norm
     weight of q], [norm weight of k]. `results` names the site's outputs in their order: "out", "keys", "values".
@@ -36,5 +37,6 @@ class RopeCache:
     tokens_first: frozenset[str] = frozenset()
     indexed: bool = False
     offset: int = 0
+    rotary: int = 0
     q_norm: RowNorm | None = None
     k_norm: RowNorm | None = None

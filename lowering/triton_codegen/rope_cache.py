@@ -62,6 +62,7 @@ def candidates(op: RopeCache, machine: Machine) -> list[Candidate] | Unavailable
             details=(
                 ("tokens", tokens(op)),
                 ("index", "indices" if op.indexed else "position"),
+                ("rotary", op.rotary or op.head_dim),
                 ("norms", sum(norm is not None for norm in (op.q_norm, op.k_norm))),
             ),
         )
@@ -115,8 +116,9 @@ class _Writer:
         self.op, self.reading = op, reading
         self.lines: list[str] = []
         self.level = 1
-        self.pairs = _power_of_two(op.head_dim // 2)
-        self.inside = "" if self.pairs == op.head_dim // 2 else f" & (i < {op.head_dim // 2})"
+        self.half = (op.rotary or op.head_dim) // 2
+        self.pairs = _power_of_two(self.half)
+        self.inside = "" if self.pairs == self.half else f" & (i < {self.half})"
 
     def emit(self, *lines: str) -> None:
         self.lines += ["    " * self.level + line for line in lines]
@@ -136,8 +138,11 @@ class _Writer:
         self.emit(f"if head < {op.heads + op.kv_heads}:")
         self.level += 1
         self.emit(f"i = tl.arange(0, {self.pairs})[None, :]")
-        first, second = ("2 * i", "2 * i + 1") if op.interleaved else ("i", f"i + {op.head_dim // 2}")
+        first, second = ("2 * i", "2 * i + 1") if op.interleaved else ("i", f"i + {self.half}")
         self.emit(f"first = {first}", f"second = {second}")
+        if op.rotary:
+            self.emit(f"j = tl.arange(0, {_power_of_two(op.head_dim - op.rotary)})[None, :]")
+            self.emit(f"rest = {op.rotary} + j")
         for name, strides in (("cos", r.cos), ("sin", r.sin)):
             for side in ("first", "second"):
                 column = "i" if r.halves else side
@@ -169,18 +174,27 @@ class _Writer:
         self, name: str, strides: Strides, head: str, norm: RowNorm | None, out: str, to: Strides, row: str, mask: str
     ) -> None:
         self.level += 1
-        for part, column in (("a", "first"), ("b", "second")):
+        rest = self.op.head_dim - self.op.rotary if self.op.rotary else 0
+        beyond = f" & (j < {rest})" if rest != _power_of_two(rest) else ""
+        columns = {"a": ("first", self.inside), "b": ("second", self.inside)} | (
+            {"c": ("rest", beyond)} if rest else {}
+        )
+        for part, (column, inside) in columns.items():
             at = self.place(name, strides, head=head, row="token", column=column)
-            self.emit(f"{part} = tl.load({at}, mask=row_in{self.inside}, other=0.0).to(tl.float32)")
+            self.emit(f"{part} = tl.load({at}, mask=row_in{inside}, other=0.0).to(tl.float32)")
         if norm is not None:
-            total = "tl.sum(a * a + b * b, 1, keep_dims=True)"
-            self.emit(f"scale = tl.rsqrt({total} / {self.op.head_dim} + {literal(norm.eps)})")
-            self.emit("a = a * scale", "b = b * scale")
-            for part, column in (("a", "first"), ("b", "second")):
+            squares = " + ".join(f"tl.sum({part} * {part}, 1, keep_dims=True)" for part in columns)
+            self.emit(f"scale = tl.rsqrt(({squares}) / {self.op.head_dim} + {literal(norm.eps)})")
+            for part, (column, inside) in columns.items():
+                weight = ""
                 if norm.has_weight:
-                    inside = self.inside.removeprefix(" & ")
-                    load = f"tl.load({name}_weight + {column}{f', mask={inside}, other=0.0' if inside else ''})"
-                    self.emit(f"{part} = {part} * ({load}.to(tl.float32) + {literal(norm.offset)})")
+                    bound = inside.removeprefix(" & ")
+                    load = f"tl.load({name}_weight + {column}{f', mask={bound}, other=0.0' if bound else ''})"
+                    weight = f" * ({load}.to(tl.float32) + {literal(norm.offset)})"
+                self.emit(f"{part} = {part} * scale{weight}")
+        if rest:
+            at = self.place(out, to, head=head, row=row, column="rest")
+            self.emit(f"tl.store({at}, c, mask={mask}{beyond})")
         for part, value in (
             ("first", "a * cos_first - b * sin_first"), ("second", "b * cos_second + a * sin_second"),
         ):  # fmt: skip
@@ -213,7 +227,7 @@ def emit(op: RopeCache, builder: Builder, site: Site) -> tuple[Node, ...]:
         return tuple(found[d] for d in (SWAPPED if swapped else range(4)))
 
     places = {name: strides(name) for name in ("q", "k", "v", "cos", "sin", "keys", "values", "out")}
-    reading = Reading(**places, halves=width * 2 == op.head_dim)
+    reading = Reading(**places, halves=width * 2 == (op.rotary or op.head_dim))
     blocks = -(-op.batch * op.length // tokens(op))
     done = builder.triton(
         load_kernel(write(op, reading), NAME), (blocks * (op.heads + 2 * op.kv_heads),), nodes,

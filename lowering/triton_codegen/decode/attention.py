@@ -20,6 +20,7 @@ from ....fused import Attention, Codes, Layout, Pages, Site, Size, StoredAttenti
 from ....machine import Machine
 from ....splice import load_kernel, same_sizes
 from ..matmul import float32_precision, imprecise
+from ..packed_linear import interpreted
 from . import predict
 from .operands import Axes, KernelSource, Operand, Operands, Plan, Table, as_stored, query_rows, row_tiles
 from .source import write
@@ -52,7 +53,7 @@ def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Can
             kernel=f"triton {plan.label}",
             traffic=predict.traffic(op, plan, keys, codes),
             seconds=predict.seconds(op, plan, machine, keys),
-            emit=functools.partial(emit, stored, plan),
+            emit=functools.partial(emit, stored, plan, native=machine.kind == "cuda" and not interpreted()),
             details=(
                 ("rows", plan.rows),
                 ("block", plan.block),
@@ -124,18 +125,19 @@ def _expression(size: Any) -> sympy.Expr:
 
 
 # ---- emission -------------------------------------------------------------------------------------
-def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site) -> Node:
-    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
-    source, nodes, grid = prepared(asked, plan, builder, site)
+def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site, *, native: bool = False) -> Node:
+    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`. `native`: with
+    instructions of NVIDIA's, which Triton's interpreter does not know."""
+    source, nodes, grid = prepared(asked, plan, builder, site, native=native)
     done = builder.triton(
         load_kernel(source.text, source.name), grid, nodes | source.sizes, source.outputs,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        num_warps=plan.num_warps, num_stages=source.num_stages,
     )  # fmt: skip
     return _shaped(builder, done["out"], as_stored(asked).attention.out)
 
 
 def prepared(
-    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site
+    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site, *, native: bool = False
 ) -> tuple[KernelSource, dict[str, Node], tuple[Any, int]]:
     """The kernel, the tensors it is called with, and its grid.
 
@@ -179,7 +181,7 @@ def prepared(
         nodes["partial"] = builder.empty([*slots, op.v_dim], torch.float32, device)
         nodes["stats"] = builder.empty([*slots, 2], torch.float32, device)
         nodes["arrivals"] = builder.zeros(tiles, torch.int32, device)
-    source = write(op, plan, operands, float32_precision())
+    source = write(op, plan, operands, float32_precision(), native=native)
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
 
 

@@ -72,14 +72,15 @@ class Operands:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """One kernel: its arguments are `tensors` with their dtypes, then `sizes`, the symbolic ones; it writes
-    `outputs`."""
+    """One kernel: its arguments are `tensors` with their dtypes, then `sizes`, the symbolic ones; it writes `outputs`
+    and is pipelined in `num_stages`."""
 
     text: str
     name: str
     tensors: dict[str, torch.dtype]
     sizes: dict[str, Size]
     outputs: tuple[str, ...]
+    num_stages: int
 
 
 def as_stored(asked: Attention | StoredAttention) -> StoredAttention:

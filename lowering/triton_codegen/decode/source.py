@@ -30,9 +30,11 @@ GATHERED_ELEMENTS = 512  # of the rows' results that the last program adds up at
 GATHERED_SPLITS = 16  # that it reads at a time
 
 
-def write(op: Attention, plan: Plan, operands: Operands, precision: str = "ieee") -> KernelSource:
-    """The kernel, for the grid (batch · kv_heads · row tiles, splits)."""
-    return _Split(op, plan, operands, precision).write()
+def write(
+    op: Attention, plan: Plan, operands: Operands, precision: str = "ieee", *, native: bool = False
+) -> KernelSource:
+    """The kernel, for the grid (batch · kv_heads · row tiles, splits); `native`: with instructions of NVIDIA's."""
+    return _Split(op, plan, operands, precision, native=native).write()
 
 
 def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
@@ -44,13 +46,13 @@ def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
 class _Split(Writer):
     """Names: n over keys, d over columns of q and k, c over columns of v."""
 
-    def __init__(self, op: Attention, plan: Plan, operands: Operands, precision: str) -> None:
+    def __init__(self, op: Attention, plan: Plan, operands: Operands, precision: str, *, native: bool) -> None:
         super().__init__(op, plan, operands)
         self.precision = precision
         self.rows = query_rows(op)
         self.tiles = row_tiles(op, plan)
-        self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype)
-        self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype)
+        self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype, native)
+        self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype, native)
         # one block of the cache for all keys of a step, or one for each
         self.one_page = operands.table is not None and operands.k.page % plan.block == 0
 
@@ -76,7 +78,7 @@ class _Split(Writer):
             tensors |= {"arrivals": torch.int32, **WORKSPACE}
         tensors |= {"out": known.out.dtype}
         outputs = ("out", *WORKSPACE) if self.splitting else ("out",)
-        return self.module(NAME, tensors, outputs)
+        return self.module(NAME, tensors, outputs, [side.widening for side in (self.k, self.v) if side.widening])
 
     def indices(self) -> None:
         op, plan = self.op, self.plan
@@ -117,13 +119,10 @@ class _Split(Writer):
             self.scale = "scale_factor"
 
     def share(self) -> None:
-        """begin and end of this program's blocks."""
-        if not self.splitting:
-            self.emit("begin = first_block", "end = first_block + blocks")
-            return
-        self.emit("split = tl.program_id(1)", "if split >= active:", "    return")
-        self.emit("begin = first_block + split * blocks // active")
-        self.emit("end = first_block + (split + 1) * blocks // active")
+        """The blocks from `begin` to `end` that this program walks through: with several splits, every so many'th."""
+        self.emit("begin = first_block", "end = first_block + blocks")
+        if self.splitting:
+            self.emit("split = tl.program_id(1)", "if split >= active:", "    return", "begin = begin + split")
 
     def walk(self) -> None:
         plan, k, v = self.plan, self.k, self.v
@@ -132,18 +131,25 @@ class _Split(Writer):
             batch = {} if side.operand.page else {"batch": "batch"}
             base = self.along(side.name, side.operand.strides, **batch, head="kv_head")
             self.emit(f"{side.name}_base = {base}")
-            self.of_rows(side, by_key=False)
+            self.of_head(side)
         self.emit(f'm = tl.full(({plan.rows},), float("-inf"), tl.float32)')
         self.emit(f"l = tl.zeros(({plan.block}, {plan.rows}), tl.float32)")
         for suffix in v.parts:
             self.emit(f"acc{suffix} = tl.zeros(({v.width}, {plan.rows}), tl.float32)")
         if v.shifts:
             self.emit(f"surplus = tl.zeros(({plan.rows},), tl.float32)")
-        self.emit("for block in range(begin, end):")
+        if self.by_key:
+            self.emit(f"ahead = begin * {plan.block} + step")
+            self.rows_ahead()
+        self.emit(f"for block in range(begin, end{', active' if self.splitting else ''}):")
         self.level += 1
         self.emit(f"n = block * {plan.block} + step")
+        if self.by_key:
+            self.emit(*(f"{name}_here = {name}_ahead.to(tl.float32)" for name in self.by_key))
+            self.emit(f"ahead = n + {plan.block}{' * active' if self.splitting else ''}")
+            self.rows_ahead()
         self.pages()
-        self.load(k, "[:, None]", "[None, :]")
+        self.load(k)
         product = ""
         for suffix in k.parts:
             factors = f"{k.decoded(suffix)}, q_tile{suffix}{product}"
@@ -161,7 +167,7 @@ class _Split(Writer):
             self.emit('base = tl.where(m_new == float("-inf"), 0.0, m_new)')
         self.emit(f"alpha = {self.exp(f'm - {base}')}", f"p = {self.exp(f's - {base}[None, :]')}")
         self.emit("m = m_new", "l = l * alpha[None, :] + p")
-        self.load(v, "[None, :]", "[:, None]")
+        self.load(v)
         weight = f"p * {v.along_keys('v_scale_here', 'scale')}" if v.operand.scale is not None else "p"
         self.emit(f"weight = ({weight}).to(tl.{str(self.op.dtype).removeprefix('torch.')})")
         for suffix in v.parts:
@@ -175,9 +181,10 @@ class _Split(Writer):
         if v.shifts:
             self.emit(*(f"acc{suffix} = acc{suffix} - surplus[None, :]" for suffix in v.parts))
 
-    def load(self, side: Stored, keys: str, columns: str) -> None:
-        """A tile of keys or values, with the scales and zeros of its rows."""
+    def load(self, side: Stored) -> None:
+        """A tile of keys or values, widened where it holds codes that instructions widen."""
         operand, name = side.operand, side.name
+        keys, columns = ("[None, :]", "[:, None]") if side.turned else ("[:, None]", "[None, :]")
         if operand.page:
             index = {"batch": "page" if self.one_page else f"page{keys}", "row": f"(n % {operand.page}){keys}"}
         else:
@@ -187,7 +194,8 @@ class _Split(Writer):
         bounds = " & ".join(b for b in (f"(n < length){keys}", side.bound(columns)) if b)
         cast = "" if operand.codes is not None else self.cast(operand)
         self.emit(f"{name}_tile = tl.load({at}, mask={bounds}{other}){cast}")
-        self.of_rows(side, by_key=True)
+        if side.widening:
+            self.emit(f"{', '.join(side.widened)} = {name}_numbers({name}_tile)")
 
     def pages(self) -> None:
         """`page`: the block of the cache that holds the keys at hand."""
@@ -201,22 +209,34 @@ class _Split(Writer):
         self.emit(f"page = tl.load({at}{mask}).to(tl.int64)")
         self.emit(f"page = tl.where(page < 0, page + {self.size('blocks_held', table.blocks)}, page)")
 
-    def of_rows(self, side: Stored, *, by_key: bool) -> None:
-        """Scale and zero, of the keys at hand or of all keys of a head."""
-        for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero)):
-            if held is None or side.by_key(what) != by_key:
-                continue
-            row = {"row": self.key(held)} if by_key else {}
-            at = self.along(f"{side.name}_{what}", held.strides, batch="batch", head="kv_head", **row)
-            mask = ", mask=n < length, other=0" if by_key else ""
-            name = f"{side.name}_scale_here" if what == "scale" else f"{side.name}_zero_here"
-            self.emit(f"{name} = tl.load({at}{mask}).to(tl.float32)")
+    @property
+    def by_key(self) -> dict[str, Operand]:
+        """The scales and zeros that differ from key to key."""
+        return {
+            f"{side.name}_{what}": held
+            for side in (self.k, self.v)
+            for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero))
+            if held is not None and side.by_key(what)
+        }
 
-    def key(self, operand: Operand) -> str:
-        """The index of the keys, in 64 bits where offsets within a head may pass 2³¹."""
+    def rows_ahead(self) -> None:
+        """Scales and zeros of the keys `ahead`, a step before they are needed: no pipeline fetches so few bytes."""
+        for name, held in self.by_key.items():
+            at = self.along(name, held.strides, batch="batch", head="kv_head", row=self.key(held, "ahead"))
+            self.emit(f"{name}_ahead = tl.load({at}, mask=ahead < length, other=0)")
+
+    def of_head(self, side: Stored) -> None:
+        """Scale and zero that all keys of a head have."""
+        for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero)):
+            if held is not None and not side.by_key(what):
+                at = self.along(f"{side.name}_{what}", held.strides, batch="batch", head="kv_head")
+                self.emit(f"{side.name}_{what}_here = tl.load({at}).to(tl.float32)")
+
+    def key(self, operand: Operand, keys: str = "n") -> str:
+        """The index of `keys`, in 64 bits where offsets within a head may pass 2³¹."""
         extent, stride = self.op.kv_len, operand.strides[2]
         short = isinstance(extent, int) and isinstance(stride, int) and extent * stride < 2**31
-        return "n" if short else "n.to(tl.int64)"
+        return keys if short else f"{keys}.to(tl.int64)"
 
     def score(self) -> None:
         op, cap = self.op, self.op.softcap

@@ -14,6 +14,7 @@ import torch
 
 from ..pointwise import literal
 from .operands import Operand, power_of_two
+from .widening import widening
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,25 @@ class Stored:
     size: int
     operand: Operand
     dtype: torch.dtype
+    native: bool
+
+    @property
+    def widening(self) -> str:
+        """The function of a tile that makes numbers of codes; nothing where casts do."""
+        codes = self.operand.codes
+        if codes is None or not self.native or self.dtype == torch.float32:
+            return ""
+        return widening(f"{self.name}_numbers", codes, self.dtype)
+
+    @property
+    def turned(self) -> bool:
+        """Whether a tile is read as [columns, keys]. Numbers made of codes are turned behind, not byte by byte."""
+        return self.name == "v" and not self.widening
+
+    @property
+    def widened(self) -> tuple[str, ...]:
+        """Names of the parts of a tile, where a function made them."""
+        return tuple(f"{self.name}_part{suffix}" for suffix in self.parts)
 
     @property
     def packed(self) -> str:
@@ -53,13 +73,16 @@ class Stored:
 
     def decoded(self, suffix: str) -> str:
         """What the product of a part is of, from the tile that was loaded."""
+        if self.widening:
+            part = f"{self.name}_part{suffix}"
+            return f"tl.trans({part})" if self.name == "v" else part
         tile = {"": f"{self.name}_tile", "_low": f"({self.name}_tile & 15)", "_high": f"({self.name}_tile >> 4)"}[
             suffix
         ]
         same = self.operand.dtype == self.dtype
         tile = tile if same else f"{tile}.to(tl.{str(self.dtype).removeprefix('torch.')})"
         if self._shifted and not self.shifts:
-            tile += f" - {self.along_keys(self.zero(), 'zero', '[:, None]' if self.name == 'k' else '[None, :]')}"
+            tile += f" - {self.along_keys(self.zero(), 'zero', '[None, :]' if self.turned else '[:, None]')}"
         return tile
 
     @property

@@ -51,10 +51,14 @@ class Writer:
                 terms.append(index[axis] if text == "1" else f"{index[axis]} * {text}")
         return " + ".join([tensor, *terms])
 
-    def module(self, name: str, tensors: dict[str, torch.dtype], outputs: tuple[str, ...]) -> KernelSource:
-        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}("]
+    def module(
+        self, name: str, tensors: dict[str, torch.dtype], outputs: tuple[str, ...], functions: list[str]
+    ) -> KernelSource:
+        head = ["import triton", "import triton.language as tl", "", "", *functions, "@triton.jit", f"def {name}("]
         head += [f"{INDENT}{argument}," for argument in (*tensors, *self.sizes)] + ["):"]
-        return KernelSource("\n".join([*head, *self.lines]) + "\n", name, tensors, self.sizes, outputs)
+        # Triton deals its stages out evenly to a load and to the one that its address comes from, a table's
+        stages = self.plan.num_stages if self.operands.table is None else 2 * self.plan.num_stages - 1
+        return KernelSource("\n".join([*head, *self.lines]) + "\n", name, tensors, self.sizes, outputs, stages)
 
     # ---- what is visible ------------------------------------------------------------------------
     def visible(self) -> None:
