@@ -1,8 +1,7 @@
 """Lists of the blocks of keys that each block of queries sees, where no limit tells them: one kernel looks at every
 block once for all batches and heads that share it, another makes lists of what it found.
 
-A list has two counts, of blocks seen in part and of blocks seen whole; then come the numbers of the former, and from
-the end backwards those of the latter.
+A list is the number of its blocks, then twice the number of each, and one more where it is seen in part.
 """
 
 from __future__ import annotations
@@ -55,12 +54,10 @@ def list_blocks(kinds, blocks, BLOCKS: tl.constexpr):
     n = tl.arange(0, BLOCKS)
     row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     kind = tl.load(kinds + row * {count} + n, mask=n < {count}, other=0)
-    part, whole = (kind == 1).to(tl.int32), (kind == 2).to(tl.int32)
-    blocks += row * ({count} + 2)
-    tl.store(blocks, tl.sum(part, 0))
-    tl.store(blocks + 1, tl.sum(whole, 0))
-    tl.store(blocks + 1 + tl.cumsum(part, 0), n, mask=part != 0)
-    tl.store(blocks + {count} + 2 - tl.cumsum(whole, 0), n, mask=whole != 0)
+    seen = (kind != 0).to(tl.int32)
+    blocks += row * ({count} + 1)
+    tl.store(blocks, tl.sum(seen, 0))
+    tl.store(blocks + tl.cumsum(seen, 0), 2 * n + (kind == 1).to(tl.int32), mask=seen != 0)
 """
 
 
@@ -86,7 +83,7 @@ def sources(op: Attention, plan: Plan, strides: Strides, arguments: Sequence[str
 
 
 def listed(op: Attention, plan: Plan, strides: Strides, builder: Builder, reads: dict[str, Node], like: Node) -> Node:
-    """The lists as a tensor: [batch, heads, blocks of queries, counts and numbers], int32. The layers of a model, which
+    """The lists as a tensor: [batch, heads, blocks of queries, count and numbers], int32. The layers of a model, which
     share a mask, share them."""
     classify, make = sources(op, plan, strides, list(reads))
     batch, heads = sharing(op, Scores(op, plan, strides.reads))
@@ -97,7 +94,7 @@ def listed(op: Attention, plan: Plan, strides: Strides, builder: Builder, reads:
         if node.meta.get("lists") == made and node < builder.before:
             return cast(Node, node)
     kinds = builder.empty([batch, heads, rows, count], torch.int8, device)
-    blocks = builder.empty([batch, heads, rows, count + 2], torch.int32, device)
+    blocks = builder.empty([batch, heads, rows, count + 1], torch.int32, device)
     several = int(batch) * int(heads)
     constants = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     found = builder.triton(

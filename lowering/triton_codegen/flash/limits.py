@@ -1,6 +1,6 @@
 """Which keys a block of queries visits, from what its mask was proved to be.
 
-Four numbers of a block of rows [first_row, first_row + BLOCK_M) cut the keys into three loops:
+Four numbers of a block of rows [first_row, first_row + BLOCK_M) cut the keys into three parts:
 
     begin … open_begin     some rows see some of these keys
     open_begin … open_end  every row sees all of them

@@ -17,13 +17,14 @@ LOG2_E = math.log2(math.e)
 # What a finite number hides: below every score, so that beside another key it counts for nothing, and the same for all
 # keys of a row that sees none.
 HIDDEN = -1e38
+KEYS = "keys = start + columns[None, :]"
 
 
 class Scores:
     """Prints how the tile `s` of products q·k is modified."""
 
     def __init__(self, op: Attention, plan: Plan, reads: Mapping[str, Read]) -> None:
-        self.op, self.reads = op, reads
+        self.op, self.plan, self.reads = op, plan, reads
         self.q_len, self.kv_len = amount(op.q_len), amount(op.kv_len)
         self.even_rows = isinstance(self.q_len, int) and self.q_len % plan.block_m == 0
         self.even_keys = isinstance(self.kv_len, int) and self.kv_len % plan.block_n == 0
@@ -36,28 +37,26 @@ class Scores:
         by_batch = made is not None and made.mask.padding is not None
         return {n for n in ("batch", "head") if n in found} | ({"batch"} if by_batch else set())
 
-    def printer(self, inside: bool) -> Printer:
-        """`inside`: the tile's keys are all within the tensors."""
+    def printer(self) -> Printer:
         bounds = {
             "query": "" if self.even_rows else f"rows < {size_text(self.q_len)}",
-            "key": "" if inside or self.even_keys else f"keys < {size_text(self.kv_len)}",
+            "key": "" if self.even_keys else f"keys < {size_text(self.kv_len)}",
         }
         exact = all(isinstance(n, int) and n < EXACT for n in (self.q_len, self.kv_len))
         return Printer(self.reads, bounds, exact)
 
-    def visible(self, inside: bool = False) -> str:
+    def visible(self) -> str:
         """The condition that no limit says, or nothing."""
         made = self.op.modification
-        return "" if made is None or made.visible == sympy.true else self.printer(inside).truth(made.visible)
+        return "" if made is None or made.visible == sympy.true else self.printer().truth(made.visible)
 
     def sink(self) -> str:
         """The sink of the rows in base 2, or nothing."""
         made = self.op.modification
-        return "" if made is None or made.sink is None else self.printer(True).number(made.sink, LOG2_E)
+        return "" if made is None or made.sink is None else self.printer().number(made.sink, LOG2_E)
 
-    def modified(self, conditions: tuple[str, ...] | None) -> tuple[list[str], float]:
-        """Statements, and what `s` is still to be multiplied with. Only keys for which all conditions hold are seen;
-        None: whatever hides keys lets all of these through."""
+    def modified(self) -> tuple[list[str], float]:
+        """Statements for every block of keys, and what `s` is still to be multiplied with."""
         op, made, lines = self.op, self.op.modification, list[str]()
         factor = op.scale * LOG2_E
         if factor <= 0.0:  # the maximum of scores is not that of what they are scaled to
@@ -69,25 +68,30 @@ class Scores:
             cap = op.softcap * LOG2_E
             lines.append(f"s = {cap!r} - {2 * cap!r} / (1.0 + tl.exp2(s * {inner!r}))")
             factor = 1.0
-        inside = not conditions
-        visible = self.visible(inside) if conditions is not None else ""
-        if visible or conditions or (made is not None and made.added):
-            lines.insert(0, "keys = start + columns[None, :]")
+        visible = "" if self.plan.listed else self.visible()
+        if visible or (made is not None and made.added):
+            lines.insert(0, KEYS)
         if made is not None and made.added:
-            lines += self._added(made.added, made.unknown, "" if factor == 1.0 else f" * {factor!r}", inside)
+            lines += self._added(made.added, made.unknown, "" if factor == 1.0 else f" * {factor!r}")
             factor = 1.0
         if visible and made is not None and made.finite:
             # scaled before: a multiply-add of the scale and the maximum would leave the rounding of HIDDEN · scale over
             scaled = "s" if factor == 1.0 else f"s * {factor!r}"
             lines.append(f"s = tl.where({visible}, {scaled}, {HIDDEN!r})")
-            visible, factor = "", 1.0
-        hiding = [*(conditions or ()), *([visible] if visible else [])]
-        if hiding:
-            lines.append(f's = tl.where({" & ".join(hiding)}, s, float("-inf"))')
+            factor = 1.0
+        elif visible:
+            lines.append(f's = tl.where({visible}, s, float("-inf"))')
         return lines, factor
 
-    def _added(self, added: tuple[object, ...], unknown: bool, scaled: str, inside: bool) -> list[str]:
-        printer = self.printer(inside)
+    def hidden(self, conditions: tuple[str, ...]) -> list[str]:
+        """Statements for blocks of which rows see a part: the keys for which all conditions hold, and where blocks are
+        listed also what no limit says."""
+        listed = [self.visible()] if self.plan.listed else []
+        hiding = [*conditions, *(condition for condition in listed if condition)]
+        return [KEYS, f's = tl.where({" & ".join(hiding)}, s, float("-inf"))'] if hiding else []
+
+    def _added(self, added: tuple[object, ...], unknown: bool, scaled: str) -> list[str]:
+        printer = self.printer()
         if not unknown:
             return [f"s = s{scaled} + {' + '.join(printer.number(a, LOG2_E) for a in added)}"]
         # the least number of a dtype, which hides as a finite fill does, must not become −∞ in base 2

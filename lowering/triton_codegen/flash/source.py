@@ -90,6 +90,7 @@ class Writer:
     """One kernel: where a program stands (`place`), what it starts from, its loops over keys, and its result."""
 
     positions = "BLOCK_M"
+    in_part: str  # whether rows see a part of a block only
 
     def __init__(self, op: Attention, plan: Plan, strides: Strides, precision: str) -> None:
         self.op, self.plan, self.strides, self.precision = op, plan, strides, precision
@@ -171,67 +172,64 @@ class Writer:
         return f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
 
     def loops(self) -> None:
+        """Over the blocks of keys that some row sees. One loop, whose pipeline never drains: masks are behind a branch."""
         if self.plan.listed:
-            self.listed_loops()
-            return
-        found = self.limits
-        end = _nested("tl.minimum", found.end)
-        self.emit(f"end = {end}")
-        opened = _nested("tl.minimum", found.open_end)
-        if found.begin:
-            self.emit(f"begin = {_nested('tl.maximum', ('0', *found.begin))} // BLOCK_N * BLOCK_N")
-            self.emit(f"open_begin = tl.cdiv({_nested('tl.maximum', ('0', *found.open_begin))}, BLOCK_N) * BLOCK_N")
+            self.listed_blocks()
         else:
-            self.emit("begin = 0", "open_begin = 0")
-        self.emit(f"open_end = {opened} // BLOCK_N * BLOCK_N")
-        if found.begin:
-            self.loop("start in tl.range(begin, tl.minimum(open_begin, end), BLOCK_N)", self.limits.conditions)
-        self.loop("start in tl.range(open_begin, open_end, BLOCK_N)", ())
-        if found.conditions:
-            begin = "tl.maximum(open_begin, open_end)"
-            self.loop(f"start in tl.range({begin}, end, BLOCK_N)", self.limits.conditions)
+            self.blocks_within_limits()
+        self.level += 1
+        self.step()
+        self.level -= 1
 
-    def listed_loops(self) -> None:
-        """Over the blocks that `blocks.py` found: those seen in part from the front of the list, whole ones from its
-        end, behind two counts."""
+    def blocks_within_limits(self) -> None:
+        found = self.limits
+        self.emit(f"end = {_nested('tl.minimum', found.end)}", f"open_end = {_nested('tl.minimum', found.open_end)}")
+        self.in_part = "start + BLOCK_N > open_end"
+        begin = "0"
+        if found.begin:
+            begin = f"{_nested('tl.maximum', ('0', *found.begin))} // BLOCK_N * BLOCK_N"
+            self.emit(f"open_begin = {_nested('tl.maximum', found.open_begin)}")
+            self.in_part = f"(start < open_begin) | ({self.in_part})"
+        self.emit(f"for start in tl.range({begin}, end, BLOCK_N):")
+
+    def listed_blocks(self) -> None:
+        """Those that `blocks.py` found: how many, then twice the number of each, and one more where it is seen in part."""
         depends = self.scores.depends
         blocks = -(-int(self.op.kv_len) // self.plan.block_n)
         number = "head" if "head" in depends else "0"
         if "batch" in depends:
             number = f"(batch * {size_text(amount(self.op.heads)) if 'head' in depends else 1} + {number})"
-        self.emit(f"blocks += ({number} * tl.num_programs(1) + block) * {blocks + 2}")
-        part, whole = "tl.load(blocks + 2 + i)", f"tl.load(blocks + {blocks + 1} - i)"
-        self.loop("i in tl.range(0, tl.load(blocks))", self.limits.conditions, f"start = {part} * BLOCK_N")
-        self.loop("i in tl.range(0, tl.load(blocks + 1))", None, f"start = {whole} * BLOCK_N")
+        self.in_part = "listed % 2 == 1"
+        self.emit(
+            f"blocks += ({number} * tl.num_programs(1) + block) * {blocks + 1}",
+            "for i in tl.range(0, tl.load(blocks)):",
+            f"{INDENT}listed = tl.load(blocks + 1 + i)",
+            f"{INDENT}start = listed // 2 * BLOCK_N",
+        )
 
-    def loop(self, over: str, conditions: tuple[str, ...] | None, *first: str) -> None:
-        self.emit(f"for {over}:")
-        self.level += 1
-        self.emit(*first)
-        self.step(conditions)
-        self.level -= 1
-
-    def keys_tile(self, name: str, i: int, first: int, size: int, width: int, checked: bool) -> str:
+    def keys_tile(self, name: str, i: int, first: int, size: int, width: int) -> str:
         stride = getattr(self.strides, name)
         if self.plan.descriptors:
             place = "batch.to(tl.int32), kv_head.to(tl.int32), start, 0"
             return f"{name}.load([{place}]).reshape([BLOCK_N, {size}])"
         d = f"{'qd' if name == 'k' else 'vd'}{i}[None, :]"
         kv_len = amount(self.op.kv_len)
-        mask = self.inside("start + columns[:, None]", kv_len, self.even_keys or not checked, first, size, width, d)
+        mask = self.inside("start + columns[:, None]", kv_len, self.even_keys, first, size, width, d)
         row = _wide("start + columns[:, None]", kv_len, stride[2])
         place = f"{name} + {row} * {size_text(stride[2])} + {d} * {size_text(stride[3])}"
         return f"tl.load({place}{mask})"
 
-    def step(self, conditions: tuple[str, ...] | None) -> None:
-        """One block of keys, of which those are seen for which `conditions` and the modification hold; None: all."""
-        op, checked = self.op, bool(conditions)
-        precision = f', input_precision="{self.precision}"'
+    def step(self) -> None:
+        """One block of keys."""
+        op, precision = self.op, f', input_precision="{self.precision}"'
         for i, (first, size) in enumerate(self.qk):
-            self.emit(f"k{i} = {self.keys_tile('k', i, first, size, op.head_dim, checked)}")
+            self.emit(f"k{i} = {self.keys_tile('k', i, first, size, op.head_dim)}")
             self.emit(f"s = tl.dot(q{i}, k{i}.T{', s' if i else ''}{precision})")
-        lines, factor = self.scores.modified(conditions)
+        lines, factor = self.scores.modified()
         self.emit(*lines)
+        hidden = self.scores.hidden(self.limits.conditions)
+        if hidden:
+            self.emit(f"if {self.in_part}:", *(INDENT + line for line in hidden))
         scaled = "" if factor == 1.0 else f" * {factor!r}"
         self.emit(
             f"m_new = tl.maximum(m, tl.max(s, 1){scaled})",
@@ -242,7 +240,7 @@ class Writer:
         )
         for i, (first, size) in enumerate(self.pv):
             self.emit(f"acc{i} = acc{i} * alpha[:, None]")
-            self.emit(f"v{i} = {self.keys_tile('v', i, first, size, op.v_dim, checked)}")
+            self.emit(f"v{i} = {self.keys_tile('v', i, first, size, op.v_dim)}")
             self.emit(f"acc{i} = tl.dot(p.to(v{i}.dtype), v{i}, acc{i}{precision})")
 
     def finish(self) -> None:
