@@ -172,7 +172,7 @@ class Writer:
         return f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
 
     def loops(self) -> None:
-        """Over the blocks of keys that some row sees. One loop, whose pipeline never drains: masks are behind a branch."""
+        """Over the blocks of keys that a row sees: one loop, whose pipeline never drains, with masks behind a branch."""
         if self.plan.listed:
             self.listed_blocks()
         else:
@@ -193,7 +193,7 @@ class Writer:
         self.emit(f"for start in tl.range({begin}, end, BLOCK_N):")
 
     def listed_blocks(self) -> None:
-        """Those that `blocks.py` found: how many, then twice the number of each, and one more where it is seen in part."""
+        """Those that `blocks.py` listed."""
         depends = self.scores.depends
         blocks = -(-int(self.op.kv_len) // self.plan.block_n)
         number = "head" if "head" in depends else "0"
