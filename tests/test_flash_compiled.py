@@ -7,7 +7,7 @@ import sympy
 import torch
 
 from fusion_compiler.fused import Attention, Layout, Mask, Modification
-from fusion_compiler.lowering.triton_codegen.flash import packed_source, predict
+from fusion_compiler.lowering.triton_codegen.flash import packed_source, predict, varlen
 from fusion_compiler.lowering.triton_codegen.flash.blocks import sources
 from fusion_compiler.lowering.triton_codegen.flash.expressions import Read
 from fusion_compiler.lowering.triton_codegen.flash.source import NAME, contiguous, tiles, write
@@ -67,8 +67,8 @@ def compile_all() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # or there are no kernels for float32
     for target, name in TARGETS.items():
         for packed in PACKED:
-            plan = predict.chosen(packed.of_a_sequence(), TABLE[name])
-            assert plan is not None
+            plan = varlen.planned(packed, TABLE[name])
+            assert not isinstance(plan, str)
             tensors = dict.fromkeys(("q", "k", "v", "cu_q", "cu_k", "out"), packed.dtype)
             tensors |= {"cu_q": torch.int32, "cu_k": torch.int64}
             made = compile_text(

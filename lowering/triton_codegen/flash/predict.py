@@ -34,7 +34,7 @@ from .source import contiguous, write
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST_QUERIES = 16  # below, most rows of a block would be padding
 WIDEST_HEAD = 256
-DESCRIBING = 1000  # keys through descriptors are faster (by 5–8 % on sm_90), but not yet tried inside of a graph
+DESCRIBING = 90  # the compute capability from which keys come through descriptors, 2–3 % faster
 LISTED_SCORES = 1024**2  # fewer are computed before lists of them are made
 
 
@@ -127,9 +127,10 @@ def plans(op: Attention, describing: bool) -> Iterator[Plan]:
     else:
         blocks = [(64, 64, 4, 3)] * (width <= 256) + [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
     whole = len(pieces(op.head_dim)) == len(pieces(op.v_dim)) == 1
-    described = describing and whole and op.dtype != torch.float32
+    listed = _is_listed(op)  # a copy that waits for the number of its block is slower through a descriptor (1.4 times)
+    described = describing and whole and op.dtype != torch.float32 and not listed
     for block_m, block_n, warps, stages in blocks:
-        yield Plan(block_m, block_n, warps, stages, described, _is_listed(op))
+        yield Plan(block_m, block_n, warps, stages, described, listed)
 
 
 def _is_listed(op: Attention) -> bool:

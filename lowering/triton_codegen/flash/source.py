@@ -172,7 +172,7 @@ class Writer:
         return f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
 
     def loops(self) -> None:
-        """Over the blocks of keys that a row sees: one loop, whose pipeline never drains, with masks behind a branch."""
+        """Over the blocks of keys that a row sees: one loop, whose pipeline never drains; masks are behind a branch."""
         if self.plan.listed:
             self.listed_blocks()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def planned(packed: Packed, on: Machine) -> Plan | str:
         return f"no block of queries and keys of {packed.dtype} fits the shared memory of {on.name}"
     if packed.group > plan.block_m:
         return f"{packed.group} heads share a key head, more than the {plan.block_m} rows of a block"
-    return plan
+    # a sequence begins and ends anywhere: a descriptor would bring rows of the next one, with whatever they hold
+    return replace(plan, descriptors=False)
 
 
 @functools.cache
