@@ -1,7 +1,8 @@
 """Lists of the blocks of keys that each block of queries sees, where no limit tells them: one kernel looks at every
 block once for all batches and heads that share it, another makes lists of what it found.
 
-A list is the number of its blocks, then twice the number of each, and one more where it is seen in part.
+A list is the number of its blocks, then twice the number of each, and one more where it is seen in part. One place
+behind the last is read and not used.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def list_blocks(kinds, blocks, BLOCKS: tl.constexpr):
     row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     kind = tl.load(kinds + row * {count} + n, mask=n < {count}, other=0)
     seen = (kind != 0).to(tl.int32)
-    blocks += row * ({count} + 1)
+    blocks += row * ({count} + 2)
     tl.store(blocks, tl.sum(seen, 0))
     tl.store(blocks + tl.cumsum(seen, 0), 2 * n + (kind == 1).to(tl.int32), mask=seen != 0)
 """
@@ -94,7 +95,7 @@ def listed(op: Attention, plan: Plan, strides: Strides, builder: Builder, reads:
         if node.meta.get("lists") == made and node < builder.before:
             return cast(Node, node)
     kinds = builder.empty([batch, heads, rows, count], torch.int8, device)
-    blocks = builder.empty([batch, heads, rows, count + 1], torch.int32, device)
+    blocks = builder.empty([batch, heads, rows, count + 2], torch.int32, device)
     several = int(batch) * int(heads)
     constants = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     found = builder.triton(

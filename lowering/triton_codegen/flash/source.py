@@ -201,9 +201,11 @@ class Writer:
             number = f"(batch * {size_text(amount(self.op.heads)) if 'head' in depends else 1} + {number})"
         self.in_part = "listed % 2 == 1"
         self.emit(
-            f"blocks += ({number} * tl.num_programs(1) + block) * {blocks + 1}",
+            f"blocks += ({number} * tl.num_programs(1) + block) * {blocks + 2}",
+            "following = tl.load(blocks + 1)",
             "for i in tl.range(0, tl.load(blocks)):",
-            f"{INDENT}listed = tl.load(blocks + 1 + i)",
+            f"{INDENT}listed = following",
+            f"{INDENT}following = tl.load(blocks + 2 + i)  # ahead of what would wait for it",
             f"{INDENT}start = listed // 2 * BLOCK_N",
         )
 
