@@ -64,11 +64,17 @@ def region(view: SemanticView, outputs: Iterable[Node], operands: Iterable[Node]
     return tuple(sorted(inside))
 
 
+def _widened(narrow: Node, wide: Node) -> bool:
+    more = wide.meta["val"].dtype.itemsize > narrow.meta["val"].dtype.itemsize
+    return more and any(user.op != "output" for user in wide.users)
+
+
 def outputs_of(view: SemanticView, value: Value) -> Sequence[Node]:
     """The nodes at which a fused op computing `value` may stand.
 
     A value is held by a chain of views and casts. The fused op replaces the first of it, or the last cast that
-    alone reads what is before it, so that the kernel writes the dtype that is really wanted.
+    alone reads what is before it, so that the kernel writes the dtype that is really wanted. A cast to a wider dtype
+    that others compute with, such as a norm behind a sum, is left to them: they read fewer bytes so.
     """
     found = []
     for node in view.nodes(value):
@@ -79,7 +85,7 @@ def outputs_of(view: SemanticView, value: Value) -> Sequence[Node]:
             step = next(iter(step.users))
             if view.value(step) is not value:
                 break
-            if step.meta["val"].dtype != last.meta["val"].dtype:
+            if step.meta["val"].dtype != last.meta["val"].dtype and not _widened(last, step):
                 last = step
         found.append(last)
     return found

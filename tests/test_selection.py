@@ -138,3 +138,15 @@ def test_the_linear_behind_an_attention_of_one_query_can_be_fused_as_well() -> N
 
     report = planned(step, (1, 32, 1, 64), (1, 32, 4096, 64), (2048, 2048), (1, 1, 2048))
     assert sorted(d.pattern for d in report.fused) == ["attention", "linear_epilogue"]
+
+
+def test_the_sum_in_front_of_the_last_norm_and_the_head_behind_it_are_both_fused() -> None:
+    """Nobody but the norm reads the sum: its cast to float32 belongs to the norm, and not to the sum's kernel."""
+
+    def end(x: torch.Tensor, residual: torch.Tensor, down: torch.Tensor, g: torch.Tensor, head: torch.Tensor) -> Any:
+        wide = (residual + F.linear(x, down)).float()
+        normed = g * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return F.linear(normed, head)
+
+    report = planned(end, (1, 8192), (1, 2048), (2048, 8192), (2048,), (32000, 2048))
+    assert sorted(d.pattern for d in report.fused) == ["linear_epilogue", "norm_linear"]
