@@ -63,8 +63,9 @@ def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[M
         known = {m.site for m in matches if isinstance(m.op, MatmulFamily)}
         matches += [m for m in found if m.site not in known]
         near_misses += [n for n in almost if n.root not in taken]
-    # what was found there instead says enough, but a softmax says nothing of the attention it might have been part of
-    outputs = {m.site.output for m in matches if m.pattern != "softmax"}
+    # what was found there instead says enough, but a softmax says nothing of the attention it might have been part of,
+    # nor a linear behind pointwise operations of the norm in front of these
+    outputs = {m.site.output for m in matches if m.pattern not in ("softmax", "activation_linear")}
     near_misses = [n for n in near_misses if n.node not in outputs and n.root not in outputs]
     return _share_prologues(matches), near_misses
 
