@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from .matmul_kernels import SWIGLU, Variant, compiled, launcher
 
 SHAPES = {"1B": (2048, 8192), "8B": (4096, 14336), "70B/8": (8192, 3584)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "triton.compiler")
 REGRET = 1.05
 ROUNDS = 15
 
@@ -104,9 +106,6 @@ def work(points: Sequence[Point], args: argparse.Namespace, pipe: Connection) ->
     torch.set_float32_matmul_precision("high")
     with torch.no_grad():
         for point in points:
-            if time.time() > args.began + args.seconds:
-                pipe.send(f"{point.name}: not prepared within {args.seconds} s")
-                continue
             try:
                 turns[point] = prepare(point, args)
             except Exception:
@@ -166,7 +165,8 @@ def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, An
             kernel.seconds = times.get(kernel.plan, 0.0)
         speedups = {name: harness.ratio(samples, name, "ours") for name in columns if name != "ours"}
         row.speedup = {name: value for name, value in speedups.items() if value is not None}
-        place = {"shape": point.shape, "m": point.m, "dtype": dtype_name(point.dtype)}
+        used = next((k.resources for k, _ in kernels if f"triton {k.plan.split()[0]}" == row.verdict), {})
+        place = {"shape": point.shape, "m": point.m, "dtype": dtype_name(point.dtype), "resources": used}
         return {**asdict(row), **place, "kernels": [asdict(kernel) for kernel, _ in kernels]}
 
     return turn
@@ -216,21 +216,23 @@ def prepared(
 
 # ---- all points -------------------------------------------------------------------------------------------------
 def sweep(points: Sequence[Point], args: argparse.Namespace) -> list[dict[str, Any]]:
-    spawn = multiprocessing.get_context("spawn")
+    # modules are imported once; whether there is a device must be asked such that forked processes can still use it
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["benchmarks.matmul_kernels", *COMPILERS])
     running, rows = [], list[dict[str, Any]]()
     jobs, args.began = min(args.jobs, len(points)), time.time()
     # several processes compile already; a pool in each of them would only get in the way
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     for first in range(jobs):
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=work, args=(points[first::jobs], args, theirs), daemon=True)
+        ours, theirs = processes.Pipe()
+        process = processes.Process(target=work, args=(points[first::jobs], args, theirs), daemon=True)
+        process.name = ", ".join(point.name for point in points[first::jobs])
         process.start()
         running.append((ours, process))
-    for pipe, _ in running:
-        for problem in iter(pipe.recv, None):
-            print(problem, file=sys.stderr, flush=True)
+    prepared = [(pipe, process) for pipe, process in running if ready(pipe, process, args.began + args.seconds)]
     print(f"prepared in {time.time() - args.began:.0f} s", file=sys.stderr, flush=True)
-    for pipe, process in running:
+    for pipe, process in prepared:
         pipe.send("your turn")
         for figures in iter(pipe.recv, None):
             if isinstance(figures, dict):
@@ -241,6 +243,18 @@ def sweep(points: Sequence[Point], args: argparse.Namespace) -> list[dict[str, A
                 print(figures, file=sys.stderr, flush=True)
         process.join()
     return rows
+
+
+def ready(pipe: Connection, process: BaseProcess, until: float) -> bool:
+    """Whether a process has prepared its points by then; if not, it is ended, since it would disturb the others."""
+    while pipe.poll(None if until == math.inf else max(0.0, until - time.time())):
+        problem = pipe.recv()
+        if problem is None:
+            return True
+        print(problem, file=sys.stderr, flush=True)
+    print(f"{process.name}: not prepared in time", file=sys.stderr, flush=True)
+    process.terminate()
+    return False
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
@@ -268,6 +282,7 @@ def line(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
     header = ["µs", *columns, "best kernel", "floor", "predicted", "ours/floor", "vs max-autotune", "regret", "ours is"]
+    header += ["registers, spilled and shared bytes"]
     lines = []
     for row in rows:
         best, ours = best_kernel(row), row["seconds"]["ours"]
@@ -276,7 +291,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             + [harness.microseconds(best["seconds"] if best else None), harness.microseconds(row["floor"])]
             + [harness.microseconds(row["predicted"]), f"{ours / row['floor']:.2f}"]
             + [f"{row['speedup']['max-autotune']:.2f}×" if "max-autotune" in row["speedup"] else "–"]
-            + [f"{regret(row):.3f}", row["verdict"]]
+            + [f"{regret(row):.3f}", row["verdict"], ", ".join(map(str, row["resources"].values())) or "–"]
         )
     good = sum(regret(row) <= REGRET for row in rows)
     return f"{harness.markdown(header, lines)}\n\nregret ≤ {REGRET} in {good} of {len(rows)} points"
@@ -311,7 +326,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--tuned", default="2,16,64,256,1024", help="M with --max-autotune (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin to compile no point after so long")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="give up points that are not prepared by then")
     parser.add_argument("--plans", type=int, default=4, help="generated kernels to time, of each kind (default 4)")
     parser.add_argument("--merge", nargs="+", type=Path, help="read figures measured before instead of measuring")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the times over the floor")

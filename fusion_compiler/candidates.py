@@ -57,7 +57,7 @@ class Candidate:
     emit: Callable[[Builder, Site], Node | tuple[Node, ...]]
     valid: sympy.Basic | bool = True
     details: tuple[tuple[str, Any], ...] = ()
-    error: float = MARGIN
+    error: Amount = MARGIN
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class _Way:
 
     def priced(self) -> Amount:
         """The time at which the candidate counts: a prediction must win by its error, a measurement need not."""
-        error = 0.0 if self.measured else self.candidate.error
+        error: Amount = 0.0 if self.measured else self.candidate.error
         return self.candidate.seconds / (1 - error) + self.rest.seconds + self.severed
 
     @property
@@ -325,7 +325,7 @@ class _Context:
         severed = best is not None and at(best.severed, sizes) > 0
         return kept_reason(
             self.match.op, self.machine, self.before, before, closest, unavailable, invalid, measured,
-            error=best.candidate.error if best else MARGIN, severed=severed,
+            error=at(best.candidate.error, sizes) if best else MARGIN, severed=severed,
         )  # fmt: skip
 
     def _options(self, before: Work) -> tuple[Option, ...]:

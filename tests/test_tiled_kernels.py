@@ -141,22 +141,37 @@ def test_every_range_of_rows_is_right_at_its_ends_and_compiled_once() -> None:
 MEASURED = {
     (True, 2048, 8192, 64): {(64, 64, 128, 4, 4): 20.2, (64, 32, 128, 4, 3): 20.7, (64, 64, 64, 4, 4): 21.7},
     (True, 4096, 14336, 64): {(64, 64, 64, 4, 4): 61.9, (64, 64, 128, 4, 4): 62.9, (64, 32, 64, 4, 6): 82.0},
-    (False, 2048, 8192, 128): {(128, 64, 64, 8, 6): 22.0, (128, 64, 64, 8, 4): 23.4, (128, 32, 64, 4, 4): 23.1},
-    (False, 4096, 14336, 128): {(128, 64, 64, 8, 6): 69.0, (64, 64, 64, 4, 4): 72.1, (128, 64, 64, 8, 4): 75.8},
-    (False, 2048, 8192, 256): {(128, 128, 64, 8, 4): 27.9, (128, 128, 64, 8, 3): 32.0, (64, 64, 64, 4, 4): 34.2},
-    (False, 4096, 14336, 256): {(128, 128, 64, 8, 4): 95.7, (128, 64, 64, 4, 3): 102.9, (64, 64, 64, 4, 4): 125.2},
-    (False, 2048, 8192, 1024): {(128, 128, 64, 8, 4): 99.0, (128, 64, 64, 4, 3): 102.5, (128, 64, 64, 8, 4): 134.0},
+    (True, 8192, 3584, 64): {(64, 32, 128, 4, 6): 52.8, (64, 32, 128, 4, 4): 52.2},
+    (False, 8192, 3584, 64): {(64, 32, 128, 4, 6): 32.6, (64, 32, 128, 4, 4): 33.3, (64, 64, 128, 4, 4): 34.5},
+    (False, 8192, 3584, 128): {(64, 64, 128, 4, 4): 36.1, (64, 64, 64, 4, 6): 40.0, (128, 32, 128, 4, 4): 41.3},
+    (False, 2048, 8192, 128): {(64, 64, 64, 4, 4): 20.5, (128, 64, 64, 4, 6): 20.8, (128, 64, 64, 8, 6): 20.9},
+    (False, 4096, 14336, 128): {(128, 128, 64, 8, 4): 64.7, (128, 64, 64, 4, 6): 67.9, (64, 64, 64, 4, 4): 72.7},
+    (False, 2048, 8192, 256): {(128, 128, 64, 8, 4): 27.7, (128, 64, 64, 4, 3): 28.9, (64, 64, 64, 4, 4): 34.0},
+    (False, 4096, 14336, 256): {(128, 128, 64, 8, 4): 105, (128, 64, 64, 4, 6): 115, (128, 64, 64, 8, 6): 133},
+    (False, 4096, 14336, 512): {(128, 64, 64, 4, 6): 199, (128, 128, 64, 8, 4): 210, (128, 64, 64, 8, 6): 232},
 }
 
 
-@pytest.mark.parametrize("case", MEASURED, ids=str)
-def test_the_fastest_measured_tile_is_predicted_to_be_the_fastest(case: tuple[bool, int, int, int]) -> None:
+def predicted(case: tuple[bool, int, int, int]) -> dict[tuple[int, ...], float]:
     norm, k, n, m = case
     op, h200 = family(m, k, n, RMS if norm else None, SWIGLU, BRAIN), TABLE["h200"]
     menu = {(p.rows, p.block_n, p.block_k, p.num_warps, p.num_stages): p for p in tiles.plans(op, h200, m)}
     moved = 2 * (2 * n * k + m * k + m * n)
-    predicted = {key: tiles.seconds(op, menu[key], h200, moved, m) * 1e6 for key in MEASURED[case]}
-    chosen = min(predicted, key=lambda key: predicted[key])
-    assert chosen == min(MEASURED[case], key=lambda key: MEASURED[case][key])
-    # with hundreds of rows the price is that of a long run, in which the GPU is slower than in a burst
-    assert -0.03 < predicted[chosen] / MEASURED[case][chosen] - 1 < (0.15 if m >= 256 else 0.03)
+    return {key: tiles.seconds(op, menu[key], h200, moved, m) * 1e6 for key in MEASURED[case]}
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_a_tile_as_fast_as_the_fastest_measured_is_predicted_to_be_the_fastest(
+    case: tuple[bool, int, int, int],
+) -> None:
+    expected, measured = predicted(case), MEASURED[case]
+    chosen = min(expected, key=lambda key: expected[key])
+    assert measured[chosen] <= 1.05 * min(measured.values())
+    for key, seconds in measured.items():
+        assert expected[key] == pytest.approx(seconds, rel=0.12), key
+
+
+def test_few_blocks_cannot_hide_what_a_folded_norm_waits_for() -> None:
+    """112 blocks for 132 multiprocessors: a norm of its own, at 2.5 to 4 µs, is the faster by far."""
+    folded, apart = (min(predicted((norm, 8192, 3584, 64)).values()) for norm in (True, False))
+    assert folded > apart + 10

@@ -133,6 +133,7 @@ def _candidate(op: Matmuls, machine: Machine, plan: Plan, rows: Any) -> Candidat
         seconds=predict.seconds(op.whole, plan, machine, _moved(op) if symbolic else float(_moved(op)), rows),
         emit=functools.partial(emit, op, plan),
         valid=sympy.Le(m, rows) if symbolic and rows != m else True,
+        error=predict.error(op, plan, machine),
         details=(
             ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k), ("num_warps", plan.num_warps),
             ("num_stages", plan.num_stages), *([] if symbolic else [("blocks", programs(op, plan))]),

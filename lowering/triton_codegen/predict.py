@@ -24,8 +24,10 @@ from typing import Any
 import sympy
 import torch
 
-from ...cost.efficiency import efficiency
-from ...fused import MatmulFamily
+from ...candidates import MARGIN
+from ...cost.amounts import amount, greater, where
+from ...cost.efficiency import dtype_name, efficiency
+from ...fused import MatmulFamily, MatmulGroup
 from ...machine import Machine
 from . import tiles
 from .footprint import REGISTERS_PER_THREAD, registers, resident_blocks, shared_memory, step_bytes
@@ -65,18 +67,33 @@ class KindConstants:
 @dataclass(frozen=True)
 class Constants:
     """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `activation`: how many times as
-    long as its arithmetic an activation in front takes."""
+    long as its arithmetic an activation in front takes. `errors` tells, by kind of plan, up to how many
+    rows both it and Inductor were measured (on `machine`, in `dtype`, with two weights that share their input), and by
+    how much its gain was less than predicted there."""
 
     reached: float
     activation: float
     kinds: dict[str, KindConstants]
+    machine: str
+    dtype: str
+    errors: dict[str, tuple[int, float]]
 
 
 @functools.cache
 def constants() -> Constants:
     raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
     kinds = {kind: KindConstants(**entry) for kind, entry in raw["kinds"].items()}
-    return Constants(raw["reached"], raw["activation"], kinds)
+    return Constants(raw["reached"], raw["activation"], kinds, raw["machine"], raw["dtype"], raw["errors"])
+
+
+def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> Any:
+    """By how much a prediction may flatter the plan beside Inductor's (a number or sympy)."""
+    known, whole = constants(), op.whole
+    alike = machine.name == known.machine and dtype_name(op.dtype) == known.dtype and whole.activation is None
+    if plan.kind not in known.errors or not alike or len(op.parts) > 1 or whole.weights != 2:
+        return MARGIN
+    rows, small = known.errors[plan.kind]
+    return where(greater(amount(op.m), rows), MARGIN, small)
 
 
 def _activation_flops(op: MatmulFamily, machine: Machine) -> float:

@@ -4,8 +4,9 @@ seconds = start + ‖(memory, work)‖₄ + launch overhead
 memory  = bytes / bandwidth: x once, the weights once for each group of tiles; what else is read again comes from L2
 work    = Σ over rounds of resident blocks: fill + steps · ‖(blocks on an SM · products of a step, latency of a stage)‖₃
 
-The latency of memory is spread over the pipeline's stages; the last round may leave an SM with fewer blocks. All of it
-holds for a symbolic number of rows too. The constants are measured (efficiency.json).
+The latency of memory is spread over the pipeline's stages; the last round may leave an SM with fewer blocks. A folded
+norm's way through registers is a chain of its own in each step, which only other blocks can hide. All of it holds for a
+symbolic number of rows too. The constants are measured (efficiency.json).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -37,15 +38,17 @@ DESCRIPTOR_STEP = 16  # bytes: rows of a matrix that a descriptor holds lie mult
 @dataclass(frozen=True)
 class TileConstants:
     """Seconds: `start` before the first and after the last step, `fill` for each round of blocks, `latency` of memory,
-    `x_element` of an SM per element of x that a folded norm handles. Fractions of the machine's rates that steady tiles
-    reach: `compute` of its matrix units', `memory` of its (copy) bandwidth. A kernel whose tiles reach beyond the last
+    `x_element` of an SM per element of x that a folded norm handles, `x_chain` until a block goes on. Fractions of the
+    machine's rates that steady tiles reach: `compute` of its matrix units', by rows, columns and warps of a tile,
+    `memory` of its (copy) bandwidth. A kernel whose tiles reach beyond the last
     row takes longer by `empty` times the fraction of their rows that does."""
 
     start: float
     fill: float
     latency: float
     x_element: float
-    compute: float
+    x_chain: float
+    compute: Mapping[tuple[int, int, int], float]
     memory: float
     empty: float
 
@@ -53,7 +56,8 @@ class TileConstants:
 @functools.cache
 def constants() -> TileConstants:
     raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
-    return TileConstants(**raw["tile"])
+    compute = {(rows, columns, warps): fraction for rows, columns, warps, fraction in raw["tile"]["compute"]}
+    return TileConstants(**{**raw["tile"], "compute": compute})
 
 
 def refusal(op: MatmulFamily, machine: Machine, rows: int) -> str | None:
@@ -97,10 +101,11 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, m: Any) 
     blocks = ceil_div(m, plan.rows) * math.ceil(int(op.n) / plan.block_n)
     steps = math.ceil(int(op.k) / plan.block_k)
     products = 2 * op.weights * plan.rows * plan.block_n * plan.block_k
-    busy = products / (machine.rate(op.dtype) * known.compute / sms)
+    busy = products / (machine.rate(op.dtype) * known.compute[plan.rows, plan.block_n, plan.num_warps] / sms)
+    waiting = known.latency / (plan.num_stages - 1)
     if op.norm:
         busy += known.x_element * plan.rows * plan.block_k
-    waiting = known.latency / (plan.num_stages - 1)
+        waiting += known.x_chain * plan.rows * plan.block_k
     resident = resident_blocks(op, plan, machine)
     rounds = ceil_div(blocks, sms * resident)
     last = ceil_div(blocks - (rounds - 1) * sms * resident, sms)
