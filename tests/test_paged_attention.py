@@ -167,6 +167,7 @@ def test_shapes_that_do_not_fit() -> None:
         ({"layout": "DNH"}, "layout is"),
         ({"query": q[0]}, "query is"),
         ({"context_lens": lengths[:2]}, "for the batch of 4"),
+        ({"block_table": table.float()}, "int32 or int64"),
         ({"key_cache": keys.half(), "value_cache": values.half()}, "needs k_scale"),
         ({"k_scale": torch.ones(3)}, "one per key head"),
     ):  # fmt: skip

@@ -64,6 +64,8 @@ def _check(
             f"block_table is [batch, blocks] and context_lens [batch] for the batch of {query.shape[0]}; these are "
             f"{tuple(table.shape)} and {tuple(lengths.shape)}"
         )
+    if table.dtype not in (torch.int32, torch.int64) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"block_table and context_lens are int32 or int64, not {table.dtype} and {lengths.dtype}")
     for cache, scale in zip((keys, values), scales, strict=True):
         if scale is None and cache.dtype != query.dtype:
             raise ValueError(f"a cache in {cache.dtype} beside queries in {query.dtype} needs k_scale and v_scale")
