@@ -53,7 +53,8 @@ def test_benchmarks_print_a_table_and_write_their_figures(table: str, tmp_path: 
 def test_the_sweep_of_the_matmul_family_merges_parts_and_tells_regret(tmp_path: Path) -> None:
     def row(m: int, ours: float, kernel: float) -> dict[str, Any]:
         return {
-            "name": f"1B M={m}", "shape": "1B", "m": m, "dtype": "bfloat16", "floor": 15e-6, "predicted": 20e-6, "verdict": "kept",
+            "name": f"1B M={m}", "shape": "1B", "m": m, "dtype": "bfloat16", "floor": 15e-6, "predicted": 20e-6,
+            "verdict": "kept",
             "seconds": {"inductor": 24e-6, "ours": ours}, "speedup": {},
             "kernels": [{"plan": "tile", "seconds": kernel}, {"plan": "refused", "seconds": 0.0}],
         }  # fmt: skip
