@@ -28,6 +28,7 @@ from .emit import emit
 from .expressions import Read
 from .limits import proved
 from .plan import Plan, pieces
+from .scores import in_runs
 from .sizes import Unprintable
 from .source import contiguous, write
 
@@ -127,8 +128,10 @@ def plans(op: Attention, describing: bool) -> Iterator[Plan]:
     else:
         blocks = [(64, 64, 4, 3)] * (width <= 256) + [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
     whole = len(pieces(op.head_dim)) == len(pieces(op.v_dim)) == 1
-    listed = _is_listed(op)  # a copy that waits for the number of its block is slower through a descriptor (1.4 times)
-    described = describing and whole and op.dtype != torch.float32 and not listed
+    listed = _is_listed(op)
+    # a copy that waits for the number of its block is slower through a descriptor: 1.4 times
+    waits = listed and not in_runs(op)
+    described = describing and whole and op.dtype != torch.float32 and not waits
     for block_m, block_n, warps, stages in blocks:
         yield Plan(block_m, block_n, warps, stages, described, listed)
 

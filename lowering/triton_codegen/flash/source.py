@@ -19,7 +19,7 @@ from ....fused import Attention
 from .expressions import Read
 from .limits import limits, proved
 from .plan import Plan, pieces
-from .scores import LOG2_E, Scores
+from .scores import LOG2_E, Scores, in_runs
 from .sizes import size_text, symbols
 
 NAME = "flash_attention"
@@ -193,15 +193,21 @@ class Writer:
         self.emit(f"for start in tl.range({begin}, end, BLOCK_N):")
 
     def listed_blocks(self) -> None:
-        """Those that `blocks.py` listed."""
+        """Those that `blocks.py` found: a run of them, or a list."""
         depends = self.scores.depends
         blocks = -(-int(self.op.kv_len) // self.plan.block_n)
         number = "head" if "head" in depends else "0"
         if "batch" in depends:
             number = f"(batch * {size_text(amount(self.op.heads)) if 'head' in depends else 1} + {number})"
+        place = f"({number} * tl.num_programs(1) + block)"
+        if in_runs(self.op):
+            self.emit(f"blocks += {place} * 4", "open_begin = tl.load(blocks + 2)", "open_end = tl.load(blocks + 3)")
+            self.in_part = "(start < open_begin) | (start + BLOCK_N > open_end)"
+            self.emit("for start in tl.range(tl.load(blocks), tl.load(blocks + 1), BLOCK_N):")
+            return
         self.in_part = "listed % 2 == 1"
         self.emit(
-            f"blocks += ({number} * tl.num_programs(1) + block) * {blocks + 2}",
+            f"blocks += {place} * {blocks + 2}",
             "following = tl.load(blocks + 1)",
             "for i in tl.range(0, tl.load(blocks)):",
             f"{INDENT}listed = following",
