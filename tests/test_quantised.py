@@ -9,7 +9,7 @@ import ahead_of_time
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_spellings import SPELLINGS, BlockByBlock, K, OfGgml, Split
+from quantised_spellings import SPELLINGS, BlockByBlock, Grouped, K, OfGgml, Split
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fusion_compiler as fc
@@ -238,15 +238,27 @@ def test_on_a_cpu_each_spelling_has_a_kernel_as_right_as_eager_or_a_cure(name, d
         assert torch.allclose(out, model(x))
 
 
-def test_codes_take_up_to_64_rows_and_inductor_the_rest():
-    said, model = {}, Split(4096, 4096)
-    for m in (1, 16, 64, 256):
+def test_codes_take_some_hundred_rows_and_inductor_the_rest():
+    said, model = {}, Split(4096, 14336)
+    for m in (1, 16, 64, 128, 256, 1024):
         report = fc.explain(model, torch.randn(m, 4096, dtype=HALF), machine="h200")
         [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
         said[m] = (decision.verdict, decision.kernel, decision.reason)
-    assert [said[m][0] for m in said] == ["fused", "fused", "fused", "kept"]
-    assert "gemv" in said[1][1] and "swap16" in said[16][1] and "swap64" in said[64][1]
-    assert "64 rows" in said[256][2]
+    assert [said[m][0] for m in said] == ["fused"] * 5 + ["kept"]
+    assert "gemv" in said[1][1] and "swap16" in said[16][1] and "swap64" in said[64][1] and "tile128" in said[256][1]
+    assert "compute-bound" in said[1024][2]
+    report = fc.explain(Grouped(4096, 4096), torch.randn(128, 4096, dtype=HALF), machine="h200")
+    [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
+    assert decision.verdict == "kept" and "beyond 64 rows" in decision.reason
+
+
+@pytest.mark.parametrize("rows", [65, 256])
+def test_tiles_along_m_are_as_right_as_eager(rows):
+    model, x = Split(n=64, k=K), torch.randn(rows, K, dtype=HALF)
+    out, report = compiled(model, x, machine=dataclasses.replace(SLOW, num_sms=132))
+    assert "tile128" in report.fused[0].kernel
+    reference = x.double() @ model.weight().T
+    assert relative(out, reference) <= 1.5 * relative(model(x), reference)
 
 
 def test_rows_may_be_symbolic():
@@ -261,7 +273,11 @@ def test_rows_may_be_symbolic():
         assert relative(out, reference) <= 1.5 * relative(model(x), reference)
     report = fc.explain(model, torch.randn(12, K, dtype=HALF), machine=SLOW, dynamic=True)
     [decision] = [d for d in report.decisions if d.pattern == "quantised_linear"]
-    assert [r.hi for r in decision.ranges][-2:] == [64, None] and decision.ranges[-1].verdict == "kept"
+    assert (
+        decision.ranges[0].verdict == "fused"
+        and decision.ranges[-1].hi is None
+        and decision.ranges[-1].verdict == "kept"
+    )
 
 
 def test_a_tile_that_does_not_fit_is_named_with_its_bytes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
     from ...splice import Builder
 
-MOST_ROWS = 64  # beyond, a dequantised weight and the vendor's GEMM are faster
-ROW_LIMITS = (8, 16, 32, 64)  # where M is symbolic: one kernel serves up to so many rows
+ROW_LIMITS = (8, 16, 32, 64, 128, 256)  # where M is symbolic: one kernel serves up to so many rows
 UNALIGNED = (
     "blocks of 18 bytes are aligned to nothing and are read two bytes at a time; fc.ggml.split(model) stores codes and "
     "scales apart, in as many bytes, and takes about half the time"
@@ -60,7 +60,7 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
             found.append(_candidate(op, machine, tiles, limit))
         elif tiles.rejected:
             return Unavailable(f"no tile fits {machine.name}: {'; '.join(tiles.rejected)}")
-    return found or Unavailable(f"no tile divides K = {op.k} and its groups evenly")
+    return found or Unavailable(packed_predict.refusal(op, m if isinstance(m, int) else 1))
 
 
 def _few_rows_only(op: Matmuls) -> str:
@@ -99,16 +99,11 @@ def _refusal(op: Matmuls, machine: Machine) -> str | None:
     narrow = next((p.float8 for part in op.parts for p in part.packed if p.float8 is not None), None)
     if narrow is not None and not (machine.kind == "cuda" and machine.capability >= 89):
         return f"{machine.name} ({machine.arch}) has no instructions that widen {narrow}"
-    m, k = amount(op.m), amount(op.whole.k)
+    k = amount(op.whole.k)
     if not isinstance(k, int) or not all(isinstance(amount(part.n), int) for part in op.parts):
         return "K and N are symbolic: mark only the rows of the input as dynamic"
     if k % packed_predict.SHORTEST:
         return f"K = {k}: a tile holds a multiple of {packed_predict.SHORTEST} elements of K"
-    if isinstance(m, int) and m > MOST_ROWS:
-        return (
-            f"M = {m}: beyond {MOST_ROWS} rows arithmetic is the limit, and a weight that is dequantised once for the "
-            "vendor's GEMM is faster"
-        )
     first = op.whole.packed[0]
     for n, packed in ((int(part.n), p) for part in op.parts for p in part.packed):
         if packed.order != first.order:
@@ -134,7 +129,7 @@ def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, 
     details = (
         ("numerics", "16-bit activations"), ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k),
         ("num_warps", plan.num_warps), ("num_stages", plan.num_stages),
-        ("blocks", math.ceil(int(op.n) / plan.block_n)), ("rejected tiles", "; ".join(tiles.rejected) or "none"),
+        ("blocks", plan.programs(limit, int(op.n))), ("rejected tiles", "; ".join(tiles.rejected) or "none"),
         *_layout(op),
     )  # fmt: skip
     return Candidate(
@@ -185,7 +180,9 @@ def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Sit
         "x_stride": x_stride, "N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k,
     }  # fmt: skip
     rows = {"M": op.m} if source.runtime_m else {}
-    grid = math.ceil(int(op.n) / plan.block_n)
+    columns = math.ceil(int(op.n) / plan.block_n)
+    tiles = builder.ceil_div(op.m, plan.rows) if plan.kind == "tile" else 1
+    grid = tiles * columns if isinstance(tiles, int) else builder.call(operator.mul, tiles, columns)
     return _launched(op, plan, source, grid, x, {**rows, **constants}, builder, site)
 
 
@@ -201,8 +198,8 @@ def emit_gemv(
 
 
 def _launched(
-    op: Matmuls, plan: Plan, source: KernelSource, programs: int, x: Node, rest: dict[str, Any], builder: Builder,
-    site: Site,
+    op: Matmuls, plan: Plan, source: KernelSource, programs: int | Node, x: Node, rest: dict[str, Any],
+    builder: Builder, site: Site,
 ) -> Node | tuple[Node, ...]:  # fmt: skip
     values = [output.meta["val"] for output in site.outputs]
     outs = [builder.empty(list(v.shape), p.out_dtype, v.device) for v, p in zip(values, op.parts, strict=True)]

@@ -2,6 +2,7 @@
 
 gemv: seconds = start + bytes / bandwidth, in whole rounds of the programs that run at once
 swap: seconds = start + steps · step + bytes / rate + x once per block from L2
+tile: seconds = start + rounds of the programs that run at once · steps · step
 
 The constants are measured (packed.json, with device, date and versions); they serve other machines until they have
 their own.
@@ -22,7 +23,7 @@ import sympy
 from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
 from ...fused import MatmulFamily, MatmulGroup, PerGroup
-from ...machine import Machine
+from ...machine import TABLE, Machine
 from .packed_gemv_source import blocks_of
 from .plans import Plan
 from .predict import power_of_two
@@ -30,6 +31,8 @@ from .shared_memory import within
 
 Matmuls = MatmulFamily | MatmulGroup
 
+MOST_ROWS = 64  # of one program with all rows of x; beyond, tiles along M
+TILE = Plan("tile", 128, 64, 128, 4, 3)  # others were slower
 SHORTEST = 64  # elements of K in a tile
 GEMV_ROWS = 4
 GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
@@ -59,6 +62,8 @@ def tiles(op: MatmulFamily, machine: Machine, rows: int) -> Tiles:
 
 
 def plans(op: MatmulFamily, rows: int) -> list[Plan]:
+    if rows > MOST_ROWS:
+        return [] if _untiled(op) else [TILE]
     padded = max(8 if op.packed[0].order == "halves" else 16, power_of_two(rows))
     groups = [p.group for packed in op.packed for p in (packed.scale, packed.zero) if isinstance(p, PerGroup)]
     stages = 4 if padded == 8 and op.weights == 1 else 3
@@ -69,6 +74,24 @@ def plans(op: MatmulFamily, rows: int) -> list[Plan]:
         if whole:
             found.append(Plan("swap", padded, block_n, block_k, 2 if block_n < 64 else 4, stages))
     return found
+
+
+def _untiled(op: MatmulFamily) -> str:
+    """Why a weight is not multiplied in tiles along M; empty where it is."""
+    packed = op.packed[0]
+    scale = packed.scale
+    as_measured = packed.order == "halves" and packed.block == 16 and scale is not None and scale.group == 32
+    if op.weights > 1 or not as_measured or isinstance(packed.zero, PerGroup) or int(op.k) % TILE.block_k:
+        return (
+            f"beyond {MOST_ROWS} rows one weight in Q4_0, its codes and scales apart (fc.ggml.split), is multiplied in "
+            "tiles; any other is dequantised for the vendor's GEMM, which is faster there"
+        )
+    return ""
+
+
+def refusal(op: MatmulFamily, rows: int) -> str:
+    """Why there is no plan for so many rows."""
+    return (_untiled(op) if rows > MOST_ROWS else "") or f"no tile divides K = {op.k} and its groups evenly"
 
 
 def gemv_plan(op: Matmuls) -> Plan | None:
@@ -98,6 +121,8 @@ def shared_memory(op: MatmulFamily, plan: Plan) -> int:
 
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     """Predicted time of one launch of a tiled kernel."""
+    if plan.kind == "tile":
+        return _tile_seconds(op, plan, machine, rows)
     known = constants()["swap"]
     traffic = matmul_traffic(op)
     moved = float(sympy.sympify(traffic.bytes_read + traffic.bytes_written).subs(amount(op.m), rows))
@@ -111,6 +136,15 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     slower = known["order"][codes] * (known["pair"] if op.weights > 1 and plan.rows > 8 else 1.0)
     work = known["start"] + steps + unaligned * moved / reached + x / machine.l2_bandwidth
     return float(machine.launch_overhead + slower * work)
+
+
+def _tile_seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
+    known = constants()["tile"]
+    rounds = math.ceil(plan.programs(rows, int(op.n)) / (known["per_sm"] * machine.num_sms))
+    steps = int(op.k) // plan.block_k
+    # measured at the rate of this machine's matrix units; others take as much longer
+    slower = TABLE["h200"].rate(op.dtype) / machine.rate(op.dtype)
+    return float(machine.launch_overhead + known["start"] + rounds * steps * known["step"] * slower)
 
 
 def gemv_seconds(op: Matmuls, plan: Plan, machine: Machine) -> float:

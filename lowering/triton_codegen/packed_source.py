@@ -67,6 +67,17 @@ class PackedSwap(Swap):
     def order(self) -> str:
         return self.op.packed[0].order
 
+    def indices(self) -> None:
+        """The features and rows of a program; tiles along M that share their weights follow each other."""
+        if self.plan.kind != "tile":
+            return super().indices()
+        rows = self.plan.rows
+        self.emit(f"tiles = tl.cdiv({'M' if self.known.m is None else self.known.m}, {rows})")
+        self.emit("n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)")
+        self.emit(*([] if self.known.even_n else ["n_in = n < N"]))
+        self.emit(f"m = tl.program_id(0) % tiles * {rows} + tl.arange(0, {rows})")
+        self.rows_inside()
+
     def write(self) -> KernelSource:
         made = super().write()
         if self.order == "bytes":

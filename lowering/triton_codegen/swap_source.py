@@ -15,7 +15,7 @@ class Swap(Writer):
 
     @property
     def all_rows(self) -> bool:
-        return self.known.m == self.plan.rows
+        return self.known.m is not None and self.known.m % self.plan.rows == 0
 
     def native(self) -> bool:
         return self.mode == "folded" and not (self.op.norm and self.op.norm.offset)
@@ -38,6 +38,9 @@ class Swap(Writer):
     def indices(self) -> None:
         super().indices()
         self.emit(f"m = tl.arange(0, {self.plan.rows})")
+        self.rows_inside()
+
+    def rows_inside(self) -> None:
         if not self.all_rows:
             self.emit(f"m_in = m < {'M' if self.known.m is None else self.known.m}")
 
