@@ -1,4 +1,5 @@
-"""Linears with what stands around them, bf16: a norm in front, a residual or activation behind, several of one input.
+"""Linears with what stands around them, bf16: a norm or activation in front, a residual or activation behind, several
+of one input; weights in float8.
 
 python -m benchmarks.linears                                    every case at 1 and 16 rows
 python -m benchmarks.linears --rows 1,4,16,64 --only qkv --max-autotune --json figures.json
@@ -36,8 +37,19 @@ def layer_linear(x: Tensor, norm: Tensor, w: Tensor) -> Tensor:
     return F.linear(F.layer_norm(x, x.shape[-1:], norm, norm, EPS), w)
 
 
-def residual(x: Tensor, norm: Tensor, w: Tensor) -> Tensor:
-    return F.linear(x, w) + x.flatten()[: w.shape[0] * x.shape[0]].view(-1, w.shape[0])
+def residual(x: Tensor, norm: Tensor, r: Tensor, *weights: Tensor) -> Tensor:
+    """With several weights, as many layers' worth: they share what a graph needs once."""
+    for w in weights:
+        r = r + F.linear(x, w)
+    return r
+
+
+def activated(x: Tensor, norm: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.gelu(x), w)
+
+
+def float8(x: Tensor, norm: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w.to(x.dtype) * norm[0])
 
 
 def gelu(x: Tensor, norm: Tensor, w: Tensor) -> Tensor:
@@ -49,6 +61,7 @@ class Case:
     function: Callable[..., Any]
     k: int
     widths: tuple[int, ...]
+    stored: torch.dtype = torch.bfloat16
 
 
 CASES = {
@@ -59,6 +72,9 @@ CASES = {
     "layer_linear 8B": Case(layer_linear, 4096, (4096,)),
     "rms_qkv 1B": Case(rms_qkv, 2048, (2048, 512, 512)),
     "residual down 8B": Case(residual, 14336, (4096,)),
+    "residual down 1B ×4": Case(residual, 8192, (2048,) * 4),
+    "activated o 8B": Case(activated, 4096, (4096,)),
+    "float8 up 8B": Case(float8, 4096, (14336,), torch.float8_e4m3fn),
 }
 
 
@@ -70,10 +86,13 @@ def place(name: str, args: argparse.Namespace) -> tuple[Callable[..., Any], Call
 
     def make() -> tuple[Tensor, ...]:
         x, norm = torch.randn(m, k, device=device, dtype=dtype), torch.rand(k, device=device, dtype=dtype) + 0.5
-        return x, norm, *(torch.randn(n, k, device=device, dtype=dtype) / k**0.5 for n in widths)
+        weights = ((torch.randn(n, k, device=device, dtype=dtype) / k**0.5).to(case.stored) for n in widths)
+        added = [torch.randn(m, widths[0], device=device, dtype=dtype)] if case.function is residual else []
+        return x, norm, *added, *weights
 
     features = sum(widths)
-    moved = dtype.itemsize * (k * features + m * (k + features * (2 if case.function is residual else 1)))
+    results = m * (2 * widths[0] if case.function is residual else features)
+    moved = case.stored.itemsize * k * features + dtype.itemsize * (m * k + results)
     return case.function, make, harness.floor_seconds(moved, 2 * m * k * features, dtype)
 
 

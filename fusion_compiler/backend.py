@@ -22,18 +22,19 @@ from torch.fx import GraphModule, Node
 
 from . import layout, measure, registry, select, splice, verify
 from . import report as reporting
-from .candidates import Candidate, Unavailable
+from .candidates import Candidate
 from .config import Options
-from .fused import Declared, MatmulFamily, MatmulGroup, Site, StoredAttention
-from .judge import Offer, judge, offer
+from .fused import MatmulFamily, MatmulGroup, Site
+from .judge import judge
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
 from .match import Match, find_all
+from .offers import offers_of, shared, unknown_size
 from .quantised import with_packed_weights
 from .report import Decision, Failure, NearMiss, Report, Work, where
 from .semantics import SemanticView
 from .severed import severed_seconds
-from .torch_private import fake_tensors, inductor, size_guards, symbols
+from .torch_private import fake_tensors, inductor, size_guards
 
 _labels = itertools.count()
 EMPTY = "the result is empty, so there is nothing to compute"
@@ -256,21 +257,14 @@ def judge_all(
     legality, offering = Legality(gm.graph), lowerings()
     judged = []
     taken: list[set[Node]] = []
-    for match in matches:
-        unknown = _unknown_size(match.site)
+    offered = [offers_of(match, legality, target, offering) for match in matches]
+    for match, offers in zip(matches, shared(matches, offered), strict=True):
+        unknown = unknown_size(match.site)
         if unknown is not None or is_empty(match.site.output):
             nothing, reason = Work(0, 0, 0, 0, 0.0), EMPTY if unknown is None else UNKNOWN.format(unknown)
             decision = Decision(match.pattern, "kept", reason, where(match.site.output), nothing)
             judged.append(Judged(decision, match.site))
             continue
-        offers = []
-        for op, site in ((match.op, match.site), *match.alternatives):
-            codes = isinstance(op, StoredAttention) or (isinstance(op, MatmulFamily) and bool(op.packed))
-            refusal = legality.check(site, complex_numbers=isinstance(op, Declared), codes=codes)
-            if refusal is None:
-                offers.append(offer(op, site, target, offering))
-            else:
-                offers.append(Offer(op, site, unavailable=(("legality", Unavailable(refusal)),)))
         if isinstance(match.op, (MatmulFamily, MatmulGroup)):
             activated = match.op.whole.activation is not None
             match = dataclasses.replace(match, severed=severed_seconds(match.site, taken, target, activation=activated))
@@ -283,13 +277,6 @@ def judge_all(
         span = (judgement.symbol, choice.lo, choice.hi) if ranged and judgement.symbol is not None else None
         judged.append(Judged(judgement.decision, choice.site, choice.candidate, span))
     return judged
-
-
-def _unknown_size(site: Site) -> int | torch.SymInt | None:
-    """A size that had no value when the graph was traced."""
-    values = (node.meta.get("val") for node in (site.output, *site.operands))
-    sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape)
-    return next((size for size in sizes if not symbols.is_known(size)), None)
 
 
 def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:

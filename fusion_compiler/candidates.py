@@ -47,6 +47,7 @@ class Candidate:
     `emit(builder, site)` adds the nodes to the graph and returns the one that replaces `site.output`, or one for each
     of `site.outputs`.
     `details` goes to the report: tile sizes, split-K, backend, registers …
+    `once` are the seconds that a graph pays once for all such candidates together, for what their kernels share.
     `error` is by how much the prediction may flatter it beside Inductor's: a relative gain of less is not taken.
     """
 
@@ -57,6 +58,7 @@ class Candidate:
     emit: Callable[[Builder, Site], Node | tuple[Node, ...]]
     valid: sympy.Basic | bool = True
     details: tuple[tuple[str, Any], ...] = ()
+    once: float = 0.0
     error: Amount = MARGIN
 
 

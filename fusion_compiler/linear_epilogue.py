@@ -67,7 +67,8 @@ def _is_bare(family: Family) -> bool:
     if value.op != "add" or {a.op for a in value.args} != {"acc", "extra"} or len(value.args) != 2:
         return False
     # in a single row a bias is not repeated, and tells itself from a residual by having no rows
-    return op.extras[0].kind == "col" or site.operands[-1].meta["val"].dim() == 1
+    one_row = isinstance(op.m, int) and op.m == 1
+    return op.extras[0].kind == "col" or (one_row and site.operands[-1].meta["val"].dim() == 1)
 
 
 def _read_elsewhere(view: SemanticView, alone: Chain) -> Iterator[NearMiss]:

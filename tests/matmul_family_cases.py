@@ -119,7 +119,11 @@ def run(operands: Operands, plan: Plan, *, runtime_m: bool = False) -> torch.Ten
     known = facts(op, plan)
     source = write(op, plan, dataclasses.replace(known, m=None) if runtime_m else known)
     out = torch.full((int(op.m), int(op.n)), float("nan"), dtype=op.out_dtype)
-    arguments: dict[str, object] = dict(zip(source.tensors, (*operands.flat(), out), strict=True))
+    workspace: tuple[torch.Tensor, ...] = ()
+    if plan.kind == "split":
+        held = plan.programs(plan.rows, int(op.n)) * plan.block_n * plan.rows
+        workspace = torch.full((held,), float("nan")), torch.zeros(int(op.n), dtype=torch.int32)
+    arguments: dict[str, object] = dict(zip(source.tensors, (*operands.flat(), *workspace, out), strict=True))
     arguments |= {name: TensorDescriptor.from_tensor(arguments[name], list(block)) for name, block in source.blocks}
     if runtime_m:
         arguments["M"] = op.m
@@ -127,6 +131,7 @@ def run(operands: Operands, plan: Plan, *, runtime_m: bool = False) -> torch.Ten
     load_kernel(source.text, source.name)[grid](
         **arguments, **constexprs(op, plan, w_stride=operands.weights[0].stride(0))
     )
+    assert not workspace or not workspace[1].any(), "the next kernel counts in these zeros"
     return out
 
 

@@ -37,6 +37,7 @@ def compile_kernel(op: MatmulFamily | MatmulGroup, plan: Plan, source: KernelSou
     """`source` compiled for `target` (a `GPUTarget`) as `op` would launch it, with 16-byte aligned tensors."""
     extras = [extra.dtype for part in op.parts for extra in part.extras]
     other = {f"extra{j}": dtype for j, dtype in enumerate(extras)}
+    other |= {"partial": torch.float32, "arrivals": torch.int32}
     other |= {f"x{j}": given.dtype for j, given in enumerate(op.whole.inputs)}
     other |= dict(zip(source.outputs, (part.out_dtype for part in op.parts), strict=True))
     tensors = {name: other.get(name, op.dtype) for name in source.tensors}

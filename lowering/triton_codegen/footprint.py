@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...fused import MatmulFamily
 from ...machine import Machine
 from .plans import Plan
-from .writer import norm_mode, statistics_block
+from .writer import THIN, norm_mode, statistics_block
 
 REGISTERS_PER_SM = 65536
 REGISTERS_PER_THREAD = 255
@@ -31,6 +31,8 @@ def shared_memory(op: MatmulFamily, plan: Plan) -> int:
         return vectors + (weights * plan.num_stages if plan.num_stages > 1 else 0)
     x_tile = plan.rows * plan.step_k * op.dtype.itemsize
     normed = x_tile + plan.num_stages * plan.step_k * op.dtype.itemsize if op.norm else 0
+    if op.norm and op.norm.kind == "layer" and norm_mode(op, plan) == "folded":
+        normed += plan.num_stages * THIN * plan.step_k * op.dtype.itemsize
     passes = 3 * plan.rows * statistics_block(op, plan) * op.dtype.itemsize if norm_mode(op, plan) == "first" else 0
     return max(plan.num_stages * (weights + x_tile) + normed, passes) + 1024
 

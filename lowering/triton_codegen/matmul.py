@@ -75,10 +75,12 @@ def best_plans(op: Matmuls, machine: Machine, rows: int) -> list[Plan]:
 def _predicted(op: Matmuls, machine: Machine, rows: int) -> list[tuple[float, Plan]]:
     moved = float(sympy.sympify(_moved(op)).subs(amount(op.m), rows))
     whole = op.whole
-    # one descriptor cannot stand for several weights
-    plans = (p for p in predict.plans(whole, machine, rows) if p.kind != "tile" or len(op.parts) == 1)
+    # one descriptor cannot stand for several weights, and blocks that share K are counted for one
+    single = ("tile", "split")
+    plans = (p for p in predict.plans(whole, machine, rows) if p.kind not in single or len(op.parts) == 1)
     if whole.activation:
-        plans = (p for p in plans if p.kind != "tile" and p.rows <= ACTIVATED_ROWS)
+        # with the tile of x in its registers as well, a thread of the other kinds has too few of them
+        plans = (p for p in plans if p.kind in ("gemv", "sliced"))
     if imprecise(op.dtype):
         plans = (p for p in plans if p.kind == "gemv")
     return [(predict.seconds(whole, plan, machine, moved, rows), plan) for plan in plans]
@@ -132,6 +134,7 @@ def _candidate(op: Matmuls, machine: Machine, plan: Plan, rows: Any) -> Candidat
         traffic=matmul_traffic(op),
         seconds=predict.seconds(op.whole, plan, machine, _moved(op) if symbolic else float(_moved(op)), rows),
         emit=functools.partial(emit, op, plan),
+        once=predict.constants().zeroing if plan.kind == "split" else 0.0,
         valid=sympy.Le(m, rows) if symbolic and rows != m else True,
         error=predict.error(op, plan, machine),
         details=(
@@ -176,15 +179,18 @@ def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[
         operands[: op.whole.head] = [node for _, node in inputs]
         known = dataclasses.replace(known, input_strides=tuple(stride for stride, _ in inputs))
     source = write(op, plan, known)
-    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, *outs], strict=True))
+    workspace = _workspace(op, plan, builder, values[0].device) if plan.kind == "split" else []
+    arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, *workspace, *outs], strict=True))
     if source.runtime_m:
         arguments["M"] = op.m
     arguments |= constexprs(op, plan, *strides)
     columns = sum(math.ceil(int(part.n) / plan.block_n) for part in op.parts)
     rows = builder.ceil_div(op.m, plan.rows) if plan.kind == "tile" else 1
+    columns *= plan.splits
     blocks = rows * columns if isinstance(rows, int) else builder.call(operator.mul, rows, columns)
+    written = [*source.outputs, *(["partial"] if workspace else [])]
     launched = builder.triton(
-        load_kernel(source.text, source.name), [blocks], arguments, list(source.outputs),
+        load_kernel(source.text, source.name), [blocks], arguments, written,
         num_warps=plan.num_warps, num_stages=plan.num_stages, blocks=dict(source.blocks),
     )  # fmt: skip
     made = tuple(launched[name] for name in source.outputs)
@@ -242,6 +248,12 @@ def _inputs(op: MatmulFamily, builder: Builder, operands: list[Node]) -> list[tu
         whole = given.kind == "full"
         found.append(rows_of(builder, node, int(op.k)) if whole else (0, builder.contiguous(node)))
     return found
+
+
+def _workspace(op: Matmuls, plan: Plan, builder: Builder, device: torch.device) -> list[Node]:
+    """What blocks that share K leave for each other, and their number."""
+    held = plan.programs(plan.rows, int(op.whole.n)) * plan.block_n * plan.rows
+    return [builder.empty([held], torch.float32, device), builder.zeros(predict.ARRIVALS, torch.int32, device)]
 
 
 def _apart(op: MatmulFamily, i: int, builder: Builder, weight: Node) -> Node:

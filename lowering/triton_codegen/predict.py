@@ -39,8 +39,13 @@ SHORT_ROW = 256  # bytes of one row of a weight that a step reads at once
 MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
 SLICED_ROWS = 16  # beyond, the rows of x fill the matrix unit less well than the columns
 SLICES = 4  # 8 were never better
+SPLITS = (2, 4, 8)
+UNTRIED = 0.3  # blocks that share K were measured by themselves, and never inside a graph: autotune may take them
+ARRIVALS = 1024  # blocks of columns that can be counted, in zeros that all kernels of a graph share
+SPLIT_BLOCKS = 0.7, 1.0  # for each multiprocessor; a second round was never better
 SLICED_STEPS = 4  # fewer would not fill the pipeline
-ACTIVATIONS = {"silu": 25, "gelu_erf": 44, "gelu_tanh": 32}  # flops, beside those of the single functions
+ACTIVATIONS = {"silu": 25, "gelu_erf": 33, "gelu_tanh": 32}  # flops, beside those of the single functions
+CORRECTED_ROWS = 16  # of a plan that puts products right for a LayerNorm's mean
 GEMV_ROWS = 4  # more rows need more registers than a thread has
 
 
@@ -49,8 +54,10 @@ class KindConstants:
     """Seconds. `start`: before the first and after the last step, with `row` for each row of x after the first; `step`:
     least latency of a step, to which `latency` of memory, `byte_per_thread` of a weight tile and `multiply_add` per
     thread add; `x_element`, per element of x per block, and `product`, per multiply-add, occupy the SM;
-    `statistics` is a step of the pass that computes mean and rstd first. `short` is the fraction of the memory's time
-    that rows of less than SHORT_ROW bytes cost on top."""
+    `statistics` is a step of the pass that computes mean and rstd first, `correction` comes to `x_element` where
+    products are put right for the mean afterwards. An activation in front takes `activation` times its arithmetic.
+    `short` is the fraction of the memory's time that rows of less than
+    SHORT_ROW bytes cost on top."""
 
     start: float
     row: float
@@ -61,18 +68,21 @@ class KindConstants:
     x_element: float
     product: float
     statistics: float
+    correction: float
+    activation: float
     short: float
 
 
 @dataclass(frozen=True)
 class Constants:
-    """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `activation`: how many times as
-    long as its arithmetic an activation in front takes. `errors` tells, by kind of plan, up to how many
-    rows both it and Inductor were measured (on `machine`, in `dtype`, with two weights that share their input), and by
-    how much its gain was less than predicted there."""
+    """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `gather`: seconds for each sum
+    that the last of the blocks that share K adds up; `zeroing`: for the zeros that such kernels of a graph count in.
+    `errors` tells, by kind of plan, up to how many rows both it and Inductor were measured (on `machine`, in `dtype`,
+    with two weights that share their input), and by how much its gain was less than predicted there."""
 
     reached: float
-    activation: float
+    gather: float
+    zeroing: float
     kinds: dict[str, KindConstants]
     machine: str
     dtype: str
@@ -83,11 +93,13 @@ class Constants:
 def constants() -> Constants:
     raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
     kinds = {kind: KindConstants(**entry) for kind, entry in raw["kinds"].items()}
-    return Constants(raw["reached"], raw["activation"], kinds, raw["machine"], raw["dtype"], raw["errors"])
+    return Constants(raw["reached"], raw["gather"], raw["zeroing"], kinds, raw["machine"], raw["dtype"], raw["errors"])
 
 
 def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> Any:
     """By how much a prediction may flatter the plan beside Inductor's (a number or sympy)."""
+    if plan.kind == "split":
+        return UNTRIED
     known, whole = constants(), op.whole
     alike = machine.name == known.machine and dtype_name(op.dtype) == known.dtype and whole.activation is None
     if plan.kind not in known.errors or not alike or len(op.parts) > 1 or whole.weights != 2:
@@ -96,7 +108,7 @@ def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> Any:
     return where(greater(amount(op.m), rows), MARGIN, small)
 
 
-def _activation_flops(op: MatmulFamily, machine: Machine) -> float:
+def activation_flops(op: MatmulFamily, machine: Machine) -> float:
     """Arithmetic for an element of x that is computed in the kernel."""
     if op.activation is None:
         return 0.0
@@ -112,7 +124,7 @@ def plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
     """Every plan for up to `rows` rows that fits `machine`."""
     yield from tiles.plans(op, machine, rows)
     few = (_gemv_plans(op, rows), _swap_plans(op, machine, rows), _sliced_plans(op, machine, rows))
-    for plan in itertools.chain(*few):
+    for plan in itertools.chain(*few, _split_plans(op, machine, rows)):
         if shared_memory(op, plan) <= machine.shared_memory and registers(op, plan) <= REGISTERS_PER_THREAD:
             yield plan
 
@@ -151,6 +163,11 @@ def _swap_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]
             yield plan
         elif not plan.wide and padded <= 16 and warps <= block_n // 16:
             yield replace(plan, gram=norm_mode(op, plan) == "folded")
+            if op.norm is not None and op.norm.kind == "layer" and op.dtype == torch.bfloat16:
+                # with 8 rows, the products of x with itself take longer than with 16
+                # two weights in wide steps would take more registers than there are
+                if rows > 1 and warps == block_n // 16 and op.weights * block_k <= 256:
+                    yield replace(plan, rows=CORRECTED_ROWS, gram=True)
 
 
 def _sliced_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
@@ -168,6 +185,27 @@ def _sliced_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Pla
             yield plan
 
 
+def _split_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
+    """Tiles whose blocks would leave multiprocessors idle, with so many for each that all have one or two."""
+    padded = max(16, power_of_two(rows))
+    if (
+        op.norm is not None
+        or op.activation is not None
+        or op.weights > 1
+        or padded > MOST_ROWS
+        or op.dtype == torch.float32
+        or (machine.kind == "cuda" and machine.capability < 80)
+    ):
+        return
+    fewest, most = (share * machine.num_sms for share in SPLIT_BLOCKS)
+    for splits, stages in itertools.product(SPLITS, (3, 4)):
+        plan = Plan("split", padded, 64, 128, 4, stages, splits=splits)
+        blocks = plan.programs(padded, int(op.n))
+        filled = stages * splits * plan.block_k <= int(op.k)
+        if filled and fewest <= blocks <= most and blocks <= splits * ARRIVALS:
+            yield plan
+
+
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: Any) -> Any:
     """Predicted time where the kernel moves `moved` bytes (a number or sympy). `rows` is the most that the plan is to
     serve; of tiles, the number there is (a number or sympy)."""
@@ -176,8 +214,8 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     known = constants()
     kind = known.kinds[plan.kind if plan.kind != "swap" else "wide" if plan.wide else "narrow"]
     threads = 32 * plan.num_warps
-    blocks = math.ceil(int(op.n) / plan.block_n)
-    steps = math.ceil(int(op.k) / plan.step_k)
+    blocks = plan.programs(plan.rows, int(op.n))
+    steps = plan.part_of(int(op.k)) // plan.step_k
     per_sm = math.ceil(blocks / machine.num_sms)
     share = blocks / (machine.num_sms * min(resident_blocks(op, plan, machine), per_sm))
     products = plan.rows * op.weights * plan.block_n * plan.step_k
@@ -188,11 +226,16 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     # library its place until somebody measures
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
     per_product = 8 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
-    element = (
-        kind.x_element + known.activation * _activation_flops(op, machine) * machine.num_sms / machine.vector_flops
-    )
+    element = kind.x_element
+    if op.norm is not None and op.norm.kind == "layer" and norm_mode(op, plan) == "folded":
+        element += kind.correction
     work = per_sm * steps * (element * plan.rows * plan.step_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
+    if op.activation is not None:
+        arithmetic = plan.rows * int(op.k) * activation_flops(op, machine) * machine.num_sms / machine.vector_flops
+        start += per_sm * kind.activation * arithmetic
+    if plan.splits > 1:
+        start += known.gather * plan.splits * plan.block_n * plan.rows
     if norm_mode(op, plan) == "first":
         start += kind.statistics * math.ceil(int(op.k) / statistics_block(op, plan))
     short = kind.short if plan.step_k * op.dtype.itemsize < SHORT_ROW else 0.0

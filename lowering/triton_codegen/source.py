@@ -2,8 +2,9 @@
 
 out = epilogue(norm(x) @ w_iᵀ), the norm being part of the kernel. With g the norm's weight and b its bias it is either
 
-folded (rms): (Σ_k x_k g_k W_nk) · rstd; Σ x² grows beside the products, so x is read once;
-first (layer): mean and rstd of each row come from a pass over x before the weights are touched, and
+folded: (Σ_k x_k g_k W_nk) · rstd; Σ x² grows beside the products, so x is read once. A LayerNorm's mean is taken off
+        afterwards: Σ (x − mean) g W = Σ x g W − mean · Σ g W, the last sum growing on the matrix unit too;
+first:  mean and rstd of each row come from a pass over x before the weights are touched, and
                y = (x − mean) · rstd · g + b meets the weights. x is shifted throughout by the mean c of the row's first
                elements, so that no large mean has to cancel: variance = Σ (x − c)² / K − (Σ (x − c) / K)².
 
@@ -16,6 +17,7 @@ from ...fused import MatmulFamily, MatmulGroup
 from .gemv_source import Gemv
 from .plans import Plan
 from .sliced_source import Sliced
+from .split_source import Split
 from .swap_source import Swap
 from .tile_source import Tile
 from .writer import Facts, KernelSource
@@ -30,7 +32,7 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
     return Facts(
         m=m,
         even_n=all(int(part.n) % plan.block_n == 0 for part in op.parts),
-        even_k=k % plan.step_k == 0,
+        even_k=k % (plan.splits * plan.step_k) == 0,
         wide_weight=(n * whole.feature_step + max(whole.features, default=0)) * k >= INT32_ELEMENTS,
         wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.kind == "tile" and m is None),
         input_precision=input_precision,
@@ -40,4 +42,5 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
 
 def write(op: MatmulFamily | MatmulGroup, plan: Plan, known: Facts) -> KernelSource:
     """The kernel that computes `op` by `plan`."""
-    return {"gemv": Gemv, "swap": Swap, "sliced": Sliced, "tile": Tile}[plan.kind](op, plan, known).write()
+    kinds = {"gemv": Gemv, "swap": Swap, "sliced": Sliced, "split": Split, "tile": Tile}
+    return kinds[plan.kind](op, plan, known).write()

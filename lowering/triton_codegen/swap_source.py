@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from .pointwise import TYPES, literal, print_pointwise
-from .writer import Writer, mask_argument, statistics_block
+from .writer import THIN, Writer, mask_argument, statistics_block
+
+FARTHEST_MEAN = 2.0  # mean² over variance: beyond, it could show that x is rounded before the mean is taken off
 
 
 class Swap(Writer):
@@ -95,7 +97,9 @@ class Swap(Writer):
     def start(self) -> None:
         for i in range(self.op.weights):
             self.emit(f"acc{i} = tl.zeros((BLOCK_N, {self.plan.rows}), tl.float32)")
-        if self.mode == "folded":
+        if self.corrects:
+            self.start_correction()
+        elif self.mode == "folded":
             shape = f"{self.plan.rows}, {self.plan.rows if self.plan.gram else 'BLOCK_K // 8'}"
             self.emit(f"squares = tl.zeros(({shape}), tl.float32)")
 
@@ -110,7 +114,9 @@ class Swap(Writer):
         self.load_weights()
         weight = norm is not None and norm.has_weight
         if self.mode == "folded":
-            if self.plan.gram:
+            if self.corrects:
+                self.gather_correction()
+            elif self.plan.gram:
                 self.emit("squares = tl.dot(y, tl.trans(y), squares)")
             else:
                 square = "y.to(tl.float32) * y.to(tl.float32)"
@@ -123,18 +129,85 @@ class Swap(Writer):
             if weight:
                 self.emit(f"y = {self.normed(bias=norm is not None and norm.has_bias)}")
             self.emit("y = y.to(w0_tile.dtype)")
-        precision = f', input_precision="{self.known.input_precision}"' if self.op.dtype == torch.float32 else ""
         for i in range(self.op.weights):
-            self.emit(f"acc{i} = tl.dot(w{i}_tile, tl.trans(y), acc{i}{precision})")
+            self.emit(f"acc{i} = tl.dot(w{i}_tile, tl.trans(y), acc{i}{self.precision})")
+            if self.corrects:
+                self.emit(f"along{i} = tl.dot(w{i}_tile, tl.trans(gb), along{i}{self.precision})")
 
     def finish(self) -> None:
-        if self.mode == "folded":
+        if self.corrects:
+            self.correct()
+        elif self.mode == "folded":
             assert self.op.norm is not None
             if self.plan.gram:
                 self.emit("squares = tl.where(m[:, None] == m[None, :], squares, 0.0)")
             self.emit(f"rstd = tl.rsqrt(tl.sum(squares, 1) / K + {literal(self.op.norm.eps)})")
             self.emit(*(f"acc{i} = acc{i} * rstd[None, :]" for i in range(self.op.weights)))
         self.finish_parts()
+
+    # ---- a LayerNorm's mean -----------------------------------------------------------------
+    @property
+    def corrects(self) -> bool:
+        """Whether the products are put right for the mean afterwards."""
+        return self.mode == "folded" and self.op.norm is not None and self.op.norm.kind == "layer"
+
+    @property
+    def precision(self) -> str:
+        return f', input_precision="{self.known.input_precision}"' if self.op.dtype == torch.float32 else ""
+
+    def start_correction(self) -> None:
+        """`gram` and `sums` grow to Σ x² and Σ x of the rows, `along` to Σ g·w and Σ b·w of the columns."""
+        norm, rows = self.op.norm, self.plan.rows
+        assert norm is not None
+        self.emit(f"gram = tl.zeros(({rows}, {rows}), tl.float32)")
+        self.emit(f"sums = tl.zeros(({rows}, {THIN}), tl.float32)")
+        self.emit(*(f"along{i} = tl.zeros((BLOCK_N, {THIN}), tl.float32)" for i in range(self.op.weights)))
+        self.emit(f"ones = tl.full((BLOCK_K, {THIN}), 1.0, {TYPES[self.op.dtype]})", f"v = tl.arange(0, {THIN})")
+        if norm.has_bias:
+            self.emit("vectors = tl.where(v[:, None] == 0, norm_weight, norm_bias)")
+        elif norm.has_weight:
+            self.emit(f"vectors = norm_weight + tl.zeros(({THIN}, 1), tl.int32)")
+
+    def gather_correction(self) -> None:
+        norm = self.op.norm
+        assert norm is not None
+        self.emit(f"gram = tl.dot(y, tl.trans(y), gram{self.precision})")
+        self.emit(f"sums = tl.dot(y, ones, sums{self.precision})")
+        if norm.has_weight:
+            inside = mask_argument([] if self.known.even_k else ["k_in[None, :]"])
+            self.emit(f"gb = tl.load(vectors + k[None, :]{inside})")
+        else:
+            self.emit("gb = tl.trans(ones)")
+
+    def column(self, sums: str, number: int) -> str:
+        """The sums of x (0), or those of g·w (0) and of b·w (1)."""
+        return f"tl.sum(tl.where(v[None, :] == {number}, {sums}, 0.0), 1)"
+
+    def correct(self) -> None:
+        """Σ (x − mean)·g·w + Σ b·w, from x that no mean was taken off. Where a mean is large beside the deviation, that
+        is a small difference of large rounded numbers: then all rows are computed anew, their mean taken off first."""
+        norm, mode = self.op.norm, self.mode
+        assert norm is not None
+        self.emit(f"mean = {self.column('sums', 0)} / K")
+        # a difference of equal numbers may come out below 0; one that is none has to remain so
+        self.emit("variance = tl.sum(tl.where(m[:, None] == m[None, :], gram, 0.0), 1) / K - mean * mean")
+        self.emit("variance = tl.where(variance < 0.0, 0.0, variance)")
+        self.emit(f"rstd = tl.rsqrt(variance + {literal(norm.eps)})")
+        self.emit(f"if tl.max(mean * mean * rstd * rstd, 0) > {literal(FARTHEST_MEAN)}:")
+        self.level += 1
+        self.mode = "first"
+        self.statistics()
+        self.start()
+        self.walk()
+        self.mode = mode
+        self.level -= 1
+        self.emit("else:")
+        self.level += 1
+        for i in range(self.op.weights):
+            self.emit(f"of_g = {self.column(f'along{i}', 0)}")
+            shift = f" + {self.column(f'along{i}', 1)}[:, None]" if norm.has_bias else ""
+            self.emit(f"acc{i} = (acc{i} - mean[None, :] * of_g[:, None]) * rstd[None, :]{shift}")
+        self.level -= 1
 
     def store(self, p: int) -> None:
         part = self.parts[p]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from .plans import Plan
 from .pointwise import literal, print_pointwise
 
 INDENT = "    "
+THIN = 8  # the narrowest second operand of the matrix unit
 STATISTICS_ELEMENTS = 64  # of x per thread and step of the pass that computes mean and rstd
 
 
@@ -49,7 +50,9 @@ def norm_mode(op: MatmulFamily, plan: Plan) -> Literal["none", "folded", "first"
     if op.norm is None:
         return "none"
     overflows = plan.kind != "gemv" and op.dtype == torch.float16
-    return "first" if op.norm.kind == "layer" or overflows else "folded"
+    # the sums that put a LayerNorm's mean right come from the matrix unit too
+    apart = op.norm.kind == "layer" and (not plan.gram or op.norm.offset != 0)
+    return "first" if apart or overflows else "folded"
 
 
 def statistics_block(op: MatmulFamily, plan: Plan) -> int:
@@ -76,8 +79,19 @@ class Writer:
             *(["norm_weight"] if norm and norm.has_weight else []),
             *(["norm_bias"] if norm and norm.has_bias else []),
             *(name for p in range(len(self.parts)) for name in self.read_by(p)),
+            *self.workspace,
             *(self.out(p) for p in range(len(self.parts))),
         )
+
+    @property
+    def workspace(self) -> Sequence[str]:
+        """Tensors that are neither operands nor results."""
+        return ()
+
+    @property
+    def block(self) -> str:
+        """The number of a block of columns."""
+        return "tl.program_id(0)"
 
     def emit(self, *lines: str) -> None:
         self.lines.extend(INDENT * self.level + line for line in lines)
@@ -95,6 +109,16 @@ class Writer:
         if self.mode == "first":
             self.statistics()
         self.start()
+        self.walk()
+        self.finish()
+        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}("]
+        head += [f"{INDENT}{argument}," for argument in signature] + ["):"]
+        text = "\n".join([*head, *self.lines]) + "\n"
+        outputs = self.tensors[-len(self.parts) :]
+        return KernelSource(text, name, self.tensors, runtime_m, outputs, tuple(self.blocks().items()))
+
+    def walk(self) -> None:
+        """The loop along K."""
         # without a dot, Triton pipelines a loop only where asked to
         asked = self.plan.kind == "gemv" and self.plan.num_stages > 1
         walk = f"tl.range(0, K, BLOCK_K, num_stages={self.plan.num_stages})" if asked else f"range(0, K, {self.step_k})"
@@ -102,12 +126,6 @@ class Writer:
         self.level += 1
         self.step()
         self.level -= 1
-        self.finish()
-        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}("]
-        head += [f"{INDENT}{argument}," for argument in signature] + ["):"]
-        text = "\n".join([*head, *self.lines]) + "\n"
-        outputs = self.tensors[-len(self.parts) :]
-        return KernelSource(text, name, self.tensors, runtime_m, outputs, tuple(self.blocks().items()))
 
     def blocks(self) -> dict[str, tuple[int, ...]]:
         """The blocks of tensors that are read through descriptors."""
@@ -168,7 +186,7 @@ class Writer:
     # ---- pieces in common -------------------------------------------------------------------
     def indices(self) -> None:
         if self.several:
-            self.emit("block = tl.program_id(0)", f"w, part, first, width = w0, 0, 0, {self.parts[0].n}")
+            self.emit(f"block = {self.block}", f"w, part, first, width = w0, 0, 0, {self.parts[0].n}")
             before = []
             for p, part in enumerate(self.parts[1:], 1):
                 before.append(f"tl.cdiv({self.parts[p - 1].n}, BLOCK_N)")
@@ -176,7 +194,7 @@ class Writer:
                 self.emit(f"if block >= {begin}:", f"{INDENT}w, part, first, width = w{p}, {p}, {begin}, {part.n}")
             self.emit("n = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)")
         else:
-            self.emit("n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)")
+            self.emit(f"n = {self.block} * BLOCK_N + tl.arange(0, BLOCK_N)")
         if not self.known.even_n:
             self.emit(f"n_in = n < {'width' if self.several else 'N'}")
 
@@ -209,7 +227,7 @@ class Writer:
             self.emit(f"g = tl.load(norm_weight + {k}{mask}){'' if self.native() else '.to(tl.float32)'}")
             if norm.offset:
                 self.emit(f"g = g + {literal(norm.offset)}")
-        if norm and norm.has_bias:
+        if norm and norm.has_bias and self.mode == "first":
             self.emit(f"b = tl.load(norm_bias + {k}{mask}).to(tl.float32)")
 
     @property

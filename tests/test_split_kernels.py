@@ -1,0 +1,58 @@
+"""Blocks that share K: numbers in Triton's interpreter, the zeros they count in, and who pays for these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from matmul_family_cases import BIAS, PLAIN, SCALED, Epilogue, Operands, assert_as_good_as_eager, family, run
+
+import fusion_compiler as fc
+from fusion_compiler.fused import Site
+from fusion_compiler.lowering.triton_codegen import matmul
+from fusion_compiler.lowering.triton_codegen.plans import Plan
+from fusion_compiler.splice import Builder, clean, replace
+
+HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
+SPLIT = Plan("split", 16, 32, 16, 4, 3, splits=4)
+
+
+@pytest.mark.parametrize("kn", [False, True])
+@pytest.mark.parametrize(("epilogue", "dtype"), [(BIAS, HALF), (SCALED, SINGLE)], ids=["bias", "scaled"])
+def test_blocks_that_share_k(epilogue: Epilogue, dtype: torch.dtype, kn: bool) -> None:
+    for m, k, n in ((2, 192, 96), (16, 130, 90)):
+        operands = Operands.random(family(m, k, n, None, epilogue, dtype, weight_is_kn=kn))
+        assert_as_good_as_eager(run(operands, SPLIT, runtime_m=m == 2), operands, epilogue)
+
+
+def test_kernels_that_share_k_count_in_the_same_zeros(trace: object) -> None:
+    def model(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (x @ w.T) @ v.T
+
+    x, w, v = torch.randn(5, 128), torch.randn(96, 128) / 8, torch.randn(64, 96) / 8
+    gm = trace(model, x, w, v)  # type: ignore[operator]
+    for product in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+        turned = product.args[1]
+        site = Site((product.args[0], turned.args[0]), product, (product,))
+        n, k = turned.args[0].meta["val"].shape
+        op = family(5, k, n, None, PLAIN, SINGLE)
+        replace(site, matmul.emit(op, SPLIT, Builder(gm, product), site))
+    clean(gm)
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)) == 1
+    torch.testing.assert_close(gm(x, w, v), model(x, w, v), rtol=1e-4, atol=1e-4)
+
+
+def test_zeros_that_a_graph_needs_once_are_paid_by_all_who_share_them() -> None:
+    def layers(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        for w in weights:
+            x = x + F.linear(x, w)
+        return x
+
+    def seconds(count: int) -> float:
+        tensors = (torch.randn(32, 2048), *torch.randn(count, 2048, 2048))
+        report = fc.explain(layers, *(t.to(BRAIN) for t in tensors), machine="h200")
+        split = [o for d in report.decisions for o in d.candidates if o.name == "triton_split"]
+        assert len(split) >= count
+        return min(o.work.seconds for o in split)
+
+    assert seconds(1) - seconds(6) == pytest.approx(1e-6, rel=0.05)
