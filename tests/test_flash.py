@@ -222,6 +222,18 @@ def test_refusals(on: str, shape: tuple[int, ...], why: str) -> None:
     assert isinstance(found, Unavailable) and why in found.reason
 
 
+def test_values_narrower_than_keys_go_to_cudnn_where_it_takes_them() -> None:
+    match = only(traced(attention(causal), *heads(1, 2, 2, 64, 64, 192, 128, dtype=torch.bfloat16)))
+    for on, takes in (("h200", True), ("a100", False)):
+        found = VendorSdpa().candidates(match.op, machine(on))
+        assert any("cudnn" in c.name for c in found if isinstance(found, list)) == takes
+
+
+def test_float32_on_other_gpus() -> None:
+    found = offered(attention(), *heads(1, 2, 2, 32, 32, 16), on="mi300x")
+    assert isinstance(found, Unavailable) and "three products" in found.reason
+
+
 def test_pieces_of_a_width() -> None:
     widths = {8: [16], 16: [16], 24: [16, 16], 64: [64], 80: [64, 16], 96: [64, 32], 192: [128, 64], 256: [256]}
     assert {w: [size for _, size in pieces(w)] for w in widths} == {**widths, 24: [32]}

@@ -72,7 +72,7 @@ def compile_all() -> None:
             tensors = dict.fromkeys(("q", "k", "v", "cu_q", "cu_k", "out"), packed.dtype)
             tensors |= {"cu_q": torch.int32, "cu_k": torch.int64}
             made = compile_text(
-                packed_source.write(packed, plan, "ieee"), NAME, tensors, ["sequences"],
+                packed_source.write(packed, plan), NAME, tensors, ["sequences"],
                 {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}, GPUTarget(*target),
                 num_warps=plan.num_warps, num_stages=plan.num_stages,
             )  # fmt: skip

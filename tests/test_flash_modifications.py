@@ -125,14 +125,6 @@ def test_without_lists(name: str) -> None:
     check(function, *heads(2, 4, 4, LENGTH, LENGTH, 16), *more())
 
 
-@pytest.mark.parametrize("order", ["scattered", "with a gap"])
-def test_documents_that_are_no_runs(order: str) -> None:
-    """Blocks between those of a document are visited and hidden."""
-    tokens = torch.arange(LENGTH) % 3 if order == "scattered" else (torch.arange(LENGTH) // 16) % 2
-    both = tokens.expand(2, -1).contiguous()
-    check(documents, *heads(2, 4, 4, LENGTH, LENGTH, 16), both, plan=LISTED)
-
-
 def test_layers_share_lists() -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
         return documents(q, k, v, ids) + documents(q.sin(), k, v, ids)

@@ -50,6 +50,7 @@ class Backend:
     square_causal: bool = False
     dim_multiple: int = 1
     wider_values: bool = False  # v may have another width than q and k
+    narrower_values: int = 0  # the compute capability from which v may be narrower than q and k; 0: nowhere
     capability: int = 0  # least compute capability (CUDA)
     mask_per_head: bool = False  # the mask must have all of batch and heads
     blocks_of_queries: bool = False  # works on many query rows at once and does badly on a single one
@@ -61,6 +62,7 @@ BACKENDS = (
         "cudnn", aten._scaled_dot_product_cudnn_attention.default,
         lambda q, k, v, mask, causal, scale: ((q, k, v, mask, False, 0.0, causal), {"scale": scale}),
         frozenset({"cuda"}), HALF, 256, takes_mask=True, grouped=True, dim_multiple=8, capability=80,
+        narrower_values=90,
     ),
     Backend(
         "flash", aten._scaled_dot_product_flash_attention.default,
@@ -147,7 +149,8 @@ def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
         return f"head dimension {op.head_dim} exceeds 128, its limit before compute capability 9.0"
     if op.head_dim % backend.dim_multiple or op.v_dim % backend.dim_multiple:
         return f"head dimension {op.head_dim} is no multiple of {backend.dim_multiple}"
-    if op.v_dim != op.head_dim and not backend.wider_values:
+    narrower = op.v_dim < op.head_dim and 0 < backend.narrower_values <= machine.capability
+    if op.v_dim != op.head_dim and not backend.wider_values and not narrower:
         return f"values are {op.v_dim} wide, queries {op.head_dim}"
     if _grouped(op) and not backend.grouped:
         return f"it needs as many key heads as query heads ({op.kv_heads} for {op.heads} here)"

@@ -1,10 +1,7 @@
-"""The blocks of keys that each block of queries sees, where no limit tells them: one kernel looks at every block once
-for all batches and heads that share it, another says what it found.
+"""Lists of the blocks of keys that each block of queries sees, where no limit tells them: one kernel looks at every
+block once for all batches and heads that share it, another makes lists of what it found.
 
-Where keys that are seen are likely to follow each other, that is a run: begin and end of the keys, and those of the
-blocks among them that are seen whole. Else it is a list: the number of its blocks, then twice the number of each, and
-one more where it is seen in part; one place behind the last is read and not used. A list costs the loads that wait for
-it: documents took 1.6 times as long per score as a causal mask.
+A list is the number of its blocks, then twice the number of each, and one more where it is seen in part.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from ....fused import Attention
 from ....splice import load_kernel
 from .limits import limits
 from .plan import Plan
-from .scores import Scores, in_runs
+from .scores import Scores
 from .sizes import size_text
 from .source import Strides
 
@@ -58,29 +55,9 @@ def list_blocks(kinds, blocks, BLOCKS: tl.constexpr):
     row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     kind = tl.load(kinds + row * {count} + n, mask=n < {count}, other=0)
     seen = (kind != 0).to(tl.int32)
-    blocks += row * ({count} + 2)
+    blocks += row * ({count} + 1)
     tl.store(blocks, tl.sum(seen, 0))
     tl.store(blocks + tl.cumsum(seen, 0), 2 * n + (kind == 1).to(tl.int32), mask=seen != 0)
-"""
-RUN = """import triton
-import triton.language as tl
-
-
-@triton.jit
-def list_blocks(kinds, blocks, BLOCKS: tl.constexpr):
-    n = tl.arange(0, BLOCKS)
-    row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    kind = tl.load(kinds + row * {count} + n, mask=n < {count}, other=0)
-    whole = kind == 2
-    open_begin = tl.min(tl.where(whole, n, BLOCKS), 0)
-    open_end = tl.max(tl.where(whole, n + 1, 0), 0)
-    # where others lie between whole blocks, none is taken for one
-    open_end = tl.where(tl.sum(whole.to(tl.int32), 0) == open_end - open_begin, open_end, 0)
-    blocks += row * 4
-    tl.store(blocks, tl.min(tl.where(kind != 0, n, BLOCKS), 0) * {block_n})
-    tl.store(blocks + 1, tl.max(tl.where(kind != 0, n + 1, 0), 0) * {block_n})
-    tl.store(blocks + 2, open_begin * {block_n})
-    tl.store(blocks + 3, open_end * {block_n})
 """
 
 
@@ -102,12 +79,12 @@ def sources(op: Attention, plan: Plan, strides: Strides, arguments: Sequence[str
         setup="\n    ".join(found.setup) or "pass",
         seen=seen, q_len=size_text(amount(op.q_len)),
     )  # fmt: skip
-    return classify, (RUN if in_runs(op) else LIST).format(count=count, block_n=plan.block_n)
+    return classify, LIST.format(count=count)
 
 
 def listed(op: Attention, plan: Plan, strides: Strides, builder: Builder, reads: dict[str, Node], like: Node) -> Node:
-    """What was found as a tensor: [batch, heads, blocks of queries, run or list], int32. The layers of a model, which
-    share a mask, share it."""
+    """The lists as a tensor: [batch, heads, blocks of queries, count and numbers], int32. The layers of a model, which
+    share a mask, share them."""
     classify, make = sources(op, plan, strides, list(reads))
     batch, heads = sharing(op, Scores(op, plan, strides.reads))
     rows, count = -(-int(op.q_len) // plan.block_m), -(-int(op.kv_len) // plan.block_n)
@@ -117,7 +94,7 @@ def listed(op: Attention, plan: Plan, strides: Strides, builder: Builder, reads:
         if node.meta.get("lists") == made and node < builder.before:
             return cast(Node, node)
     kinds = builder.empty([batch, heads, rows, count], torch.int8, device)
-    blocks = builder.empty([batch, heads, rows, 4 if in_runs(op) else count + 2], torch.int32, device)
+    blocks = builder.empty([batch, heads, rows, count + 1], torch.int32, device)
     several = int(batch) * int(heads)
     constants = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     found = builder.triton(

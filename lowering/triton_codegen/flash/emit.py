@@ -15,7 +15,6 @@ from ....candidates import Amount
 from ....cost.amounts import amount
 from ....fused import Attention, Site
 from ....splice import DESCRIPTOR_STEP, SpliceError, load_kernel
-from ..matmul import float32_precision
 from .blocks import listed
 from .expressions import Read
 from .plan import Plan
@@ -36,7 +35,7 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node | tupl
     out, out_strides, in_place = _result(op, builder, site)
     own = [_strides(node.meta["val"]) for node in (q, k, v)]
     strides = Strides(own[0], own[1], own[2], out_strides, lengths_stride, read)
-    source = write(op, plan, strides, float32_precision())
+    source = write(op, plan, strides)
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, **reads, "out": out}
     if op.logarithm is not None:
         rows, device = [op.batch, op.heads, op.q_len], q.meta["val"].device

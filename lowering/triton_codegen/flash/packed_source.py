@@ -60,17 +60,17 @@ class Packed:
         )  # fmt: skip
 
 
-def write(packed: Packed, plan: Plan, precision: str) -> str:
+def write(packed: Packed, plan: Plan) -> str:
     """The text of a module with the kernel, of a grid (kv_heads, total // tokens + sequences)."""
-    return _PackedWriter(packed, plan, precision).write().text
+    return _PackedWriter(packed, plan).write().text
 
 
 class _PackedWriter(Writer):
     positions = "TOKENS"
 
-    def __init__(self, packed: Packed, plan: Plan, precision: str) -> None:
+    def __init__(self, packed: Packed, plan: Plan) -> None:
         q, k, v, out = (tuple[Amount, ...]((0, head, token, 1)) for token, head in packed.strides)
-        super().__init__(packed.of_a_sequence(), plan, Strides(q, k, v, out), precision)
+        super().__init__(packed.of_a_sequence(), plan, Strides(q, k, v, out))
         self.packed = packed
 
     def other_tensors(self) -> list[str]:

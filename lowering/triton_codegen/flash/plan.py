@@ -16,7 +16,7 @@ class Plan:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    listed: bool = False  # the blocks of keys that rows see are looked for beforehand, where no limits tell them
+    listed: bool = False  # the blocks of keys that rows see are listed beforehand, where no limits tell them
 
     @property
     def label(self) -> str:

@@ -28,7 +28,6 @@ from .emit import emit
 from .expressions import Read
 from .limits import proved
 from .plan import Plan, pieces
-from .scores import in_runs
 from .sizes import Unprintable
 from .source import contiguous, write
 
@@ -109,6 +108,8 @@ def unserved(op: Attention, machine: Machine) -> str:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
     if reason := imprecise(op.dtype):
         return reason
+    if op.dtype == torch.float32 and machine.kind != "cuda":
+        return f"float32 is multiplied in three products of TF32, which Triton does not make for {machine.arch}"
     if max(op.head_dim, op.v_dim) > WIDEST_HEAD:
         return f"head dimension {max(op.head_dim, op.v_dim)} exceeds {WIDEST_HEAD}"
     q_len = amount(op.q_len)
@@ -126,14 +127,12 @@ def plans(op: Attention, describing: bool) -> Iterator[Plan]:
     if op.dtype == torch.float32:
         blocks = [(32, 32, 4, 2)] * (width <= 128) + [(16, 32, 4, 2)]
     else:
-        blocks = [(64, 64, 4, 3)] * (width <= 256) + [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
+        few = [(64, 64, 4, 3)] * (width <= 256) + [(64, 64, 4, 2)] * (256 < width <= 320)
+        blocks = [*few, (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
     whole = len(pieces(op.head_dim)) == len(pieces(op.v_dim)) == 1
-    listed = _is_listed(op)
-    # a copy that waits for the number of its block is slower through a descriptor: 1.4 times
-    waits = listed and not in_runs(op)
-    described = describing and whole and op.dtype != torch.float32 and not waits
+    described = describing and whole and op.dtype != torch.float32
     for block_m, block_n, warps, stages in blocks:
-        yield Plan(block_m, block_n, warps, stages, described, listed)
+        yield Plan(block_m, block_n, warps, stages, described, _is_listed(op))
 
 
 def _is_listed(op: Attention) -> bool:

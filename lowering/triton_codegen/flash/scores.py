@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import sympy
-from sympy.core.function import AppliedUndef
 
 from ....cost.amounts import amount
 from ....fused import Attention
@@ -19,13 +18,6 @@ LOG2_E = math.log2(math.e)
 # keys of a row that sees none.
 HIDDEN = -1e38
 KEYS = "keys = start + columns[None, :]"
-
-
-def in_runs(op: Attention) -> bool:
-    """Whether the keys that a query sees are likely to follow each other, where a modification hides some: documents
-    and prefixes, but no mask that is read for each query and key."""
-    loads = op.modification.visible.atoms(AppliedUndef) if op.modification is not None else ()
-    return not any({"query", "key"} <= {str(s) for s in load.free_symbols} for load in loads)
 
 
 class Scores:

@@ -12,7 +12,6 @@ from torch import Tensor
 from ....machine import Machine, machine
 from ....splice import load_kernel
 from ....torch_private.kernel_nodes import configured
-from ..matmul import float32_precision
 from .packed_source import Packed, write
 from .plan import Plan
 from .predict import chosen, unserved
@@ -34,7 +33,7 @@ def varlen_attention(
     plan = planned(packed, machine())
     if isinstance(plan, str):
         return plan
-    kernel = torch.library.wrap_triton(_kernel(packed, plan, float32_precision()))
+    kernel = torch.library.wrap_triton(_kernel(packed, plan))
     sequences = cu_seqlens_q.shape[0] - 1
     kernel[(packed.kv_heads, total // packed.tokens(plan) + sequences)](
         q, k, v, cu_seqlens_q, cu_seqlens_k, out, sequences, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n
@@ -58,5 +57,5 @@ def planned(packed: Packed, on: Machine) -> Plan | str:
 
 
 @functools.cache
-def _kernel(packed: Packed, plan: Plan, precision: str) -> Any:
-    return configured(load_kernel(write(packed, plan, precision), NAME), plan.num_warps, plan.num_stages)
+def _kernel(packed: Packed, plan: Plan) -> Any:
+    return configured(load_kernel(write(packed, plan), NAME), plan.num_warps, plan.num_stages)
