@@ -150,6 +150,7 @@ def _refusal(op: Attention, machine: Machine, backend: Backend) -> str:
     if op.head_dim % backend.dim_multiple or op.v_dim % backend.dim_multiple:
         return f"head dimension {op.head_dim} is no multiple of {backend.dim_multiple}"
     narrower = op.v_dim < op.head_dim and 0 < backend.narrower_values <= machine.capability
+    narrower = narrower and isinstance(op.q_len, int) and op.q_len > 1  # tried with many queries only
     if op.v_dim != op.head_dim and not backend.wider_values and not narrower:
         return f"values are {op.v_dim} wide, queries {op.head_dim}"
     if _grouped(op) and not backend.grouped:
