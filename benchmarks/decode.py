@@ -2,6 +2,8 @@
 
 python -m benchmarks.decode --json figures.json            what the cost model takes
 python -m benchmarks.decode --json figures.json --sweep    plans around it
+python -m benchmarks.decode --json figures.json --grid     lengths and batches for models of three sizes
+python -m benchmarks.decode --merge figures.json --plot lengths.svg    draws them (needs matplotlib)
 
 Times are medians of CUDA-graph replays, the caches rotated beyond L2. "cudnn" is torch's cuDNN attention reading the
 un-repeated cache with a mask tensor. Errors are against float64, over those of the plain formula. Keys and values are
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_compiler.fused import Attention, Codes, Layout, Mask
+from fusion_compiler.fused import Attention, Codes, Layout, Mask, Pages, StoredAttention
 from fusion_compiler.lowering.triton_codegen.decode import predict
 from fusion_compiler.lowering.triton_codegen.decode.operands import (
     KernelSource,
@@ -69,6 +71,10 @@ class Case:
             self.batch, self.heads, self.kv_heads, self.queries, self.length, self.width, self.width,
             self.width**-0.5, mask, self.dtype, (same, same, same), same,
         )  # fmt: skip
+
+    def asked(self) -> StoredAttention:
+        codes = CODES.get(self.stored)
+        return StoredAttention(self.op(), codes, codes, Pages(self.page) if self.page else None)
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of q and of each of k and v, were they not in pages."""
@@ -132,6 +138,16 @@ CASES = (
     Case("B1 16 queries D128 cache 8192", 1, *GROUPED, 8192, 8192, queries=16),
     Case("B1 D128 cache 4096 fp32", 1, *GROUPED, 4096, 4096, dtype=torch.float32),
 )
+SIZES = {"small": (16, 16, 64), "medium": (16, 16, 128), "large": GROUPED}  # hidden 1024, 2048, 4096
+LARGEST_CACHE = 5e9  # bytes
+
+
+def grid() -> Iterator[Case]:
+    """Full caches of many lengths and batches."""
+    for batch, length, (size, heads) in itertools.product((1, 16, 64), (128, 1024, 8192, 32768, 131072), SIZES.items()):
+        case = Case(f"{size} B{batch} cache {length}", batch, *heads, length, length)
+        if 2 * math.prod(case.shapes()[1]) * case.dtype.itemsize <= LARGEST_CACHE:
+            yield case
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -144,7 +160,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 def sweep(case: Case) -> Iterator[Plan]:
     """Plans around what may be good, whatever the cost model thinks of them."""
     pairs = case.batch * case.kv_heads
-    rows = min(64, max(8, 1 << (query_rows(case.op()) - 1).bit_length()))
+    rows = min(64, max(16 if case.stored else 8, 1 << (query_rows(case.op()) - 1).bit_length()))
     for per_sm, block, warps, stages in itertools.product((0.5, 1, 2, 4), (32, 64, 128), (2, 4), (3, 4)):
         splits = max(1, round(per_sm * MACHINE.num_sms / pairs))
         tile = 2 * block * case.width * case.dtype.itemsize
@@ -158,14 +174,14 @@ def sweep(case: Case) -> Iterator[Plan]:
 
 def chosen(case: Case) -> Plan:
     """What the cost model takes."""
-    plan = predict.best_plan(case.op(), MACHINE)
+    plan = predict.best_plan(case.asked(), MACHINE)
     assert plan is not None, case.name
     return plan
 
 
 # ---- building -------------------------------------------------------------------------------------
 def source(case: Case, plan: Plan) -> KernelSource:
-    return write(case.op(), plan, case.operands(), native=True)
+    return write(case.op(), plan, case.operands())
 
 
 # ---- measuring ------------------------------------------------------------------------------------
@@ -311,7 +327,7 @@ def measure(case: Case, plans: list[Plan]) -> dict[str, Any]:
         except Exception as problem:  # a plan that cannot run is a result of the sweep
             print(f"  {plan.label}: {type(problem).__name__}: {problem}"[:200])
             continue
-        predicted = predict.seconds(case.op(), plan, MACHINE, case.filled) * 1e6
+        predicted = predict.seconds(case.asked(), plan, MACHINE, case.filled) * 1e6
         found = {"plan": dataclasses.asdict(plan), "label": plan.label, "error": error, "predicted": predicted}
         result["variants"].append(found | times)
     return result
@@ -326,18 +342,48 @@ def _row(result: dict[str, Any], shown: int) -> str:
     return f"{head} | {best} | {len(wrong)} wrong of {len(ranked)} {wrong[:3]}"
 
 
+def plot(path: Path, results: list[dict[str, Any]]) -> None:
+    """Time over the length of the cache, one picture for each size of a model."""
+    from matplotlib import pyplot
+
+    _, pictures = pyplot.subplots(1, len(SIZES), figsize=(4.5 * len(SIZES), 4))
+    for size, picture in zip(SIZES, pictures, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for found in (r for r in results if r["case"]["name"].startswith(f"{size} ") and r["variants"]):
+            for name, value in (
+                ("ours", found["variants"][0]["us"]),
+                ("cuDNN", found["cudnn"]),
+                ("floor", found["floor"]),
+            ):
+                lines.setdefault(f"{name}, batch {found['case']['batch']}", []).append((found["case"]["length"], value))
+        for label, points in lines.items():
+            style = {"o": "o-", "c": "x--", "f": ":"}[label[0]]
+            picture.loglog(*zip(*sorted(points), strict=True), style, base=2, label=label)
+        picture.set(title=size, xlabel="keys in the cache", ylabel="µs")
+    pictures[0].legend(fontsize="x-small")
+    pyplot.tight_layout()
+    pyplot.savefig(path)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there, after every case")
     parser.add_argument("--only", help="part of the names of the cases to run")
     parser.add_argument("--sweep", action="store_true", help="every plan, not only the one that the cost model takes")
+    parser.add_argument("--grid", action="store_true", help="lengths and batches for models of three sizes")
+    parser.add_argument("--merge", type=Path, help="measure nothing, take these figures")
+    parser.add_argument("--plot", type=Path, help="draw the figures of a grid there")
     args = parser.parse_args()
-    results = []
-    for case in (c for c in CASES if not args.only or args.only in c.name):
+    results = json.loads(args.merge.read_text())["results"] if args.merge else []
+    cases = () if args.merge else grid() if args.grid else CASES
+    for case in (c for c in cases if not args.only or args.only in c.name):
         results.append(measure(case, list(sweep(case)) if args.sweep else [chosen(case)]))
-        args.json.write_text(json.dumps({**harness.provenance(torch.device("cuda")), "results": results}))
+        if args.json:
+            args.json.write_text(json.dumps({**harness.provenance(torch.device("cuda")), "results": results}))
         print(_row(results[-1], 4), flush=True)
         torch.cuda.empty_cache()
+    if args.plot:
+        plot(args.plot, results)
 
 
 if __name__ == "__main__":

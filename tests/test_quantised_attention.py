@@ -128,7 +128,7 @@ def test_numbers(case: str, splits: int) -> None:
     dtype = torch.float16 if splits == 3 else torch.float32
     function, inputs = CASES[case][0], inputs_of(case, dtype)
     graph_module, match, op, site = quantised(case, dtype)
-    plan = predict.best_plan(op.attention, H200)
+    plan = predict.best_plan(op, H200)
     assert plan is not None
     builder = splice.Builder(graph_module, site.place)
     new = decode.emit(op, replace(plan, block=32, splits=splits), builder, site)
@@ -182,7 +182,7 @@ def test_verdict_and_bytes() -> None:
 
 
 def test_the_whole_line_takes_the_codes() -> None:
-    inputs = inputs_of("int4 with zeros", torch.float32)
+    inputs = inputs_of("int4 with zeros", torch.float16)
     out, report = compiled(CASES["int4 with zeros"][0], *inputs)
     [decision] = report.fused
     assert dict(decision.details)["codes"] == "pairs torch.uint8, pairs torch.uint8", report
@@ -201,11 +201,11 @@ def compile_all() -> None:
 
     for case in ("int4 with zeros", "fp8 per head", "int8 per token"):
         graph_module, _, op, site = quantised(case, torch.bfloat16)
-        plan = predict.best_plan(op.attention, H200)
+        plan = predict.best_plan(op, H200)
         assert plan is not None
         plan = replace(plan, splits=4)
         builder = splice.Builder(graph_module, site.place)
-        source = decode.prepared(op, plan, builder, site, native=True)[0]
+        source = decode.prepared(op, plan, builder, site)[0]
         made = compile_text(
             source.text, source.name, source.tensors, source.sizes, {}, GPUTarget("cuda", 90, 32),
             num_warps=plan.num_warps, num_stages=source.num_stages,

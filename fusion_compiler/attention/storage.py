@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from ..fused import Attention, Layout, Site, StoredAttention
+from ..fused import WORD, Attention, Codes, Layout, Site, StoredAttention
 from ..match import Match
 from ..shapes import shape_of
 from ..sites import interior_between, staying
@@ -23,10 +23,7 @@ def as_stored(match: Match, indexer: Indexer) -> Match:
     if op.logarithm is not None:
         return match
     lengths = named(op, match.site).get("lengths")
-    (
-        q,
-        *sides,
-    ) = match.site.operands[:3]
+    q, *sides = match.site.operands[:3]
     layouts = op.layouts[1:3]
     codes: list[quantised.Found | None] = []
     blocks: list[Gathered | None] = []
@@ -49,6 +46,8 @@ def as_stored(match: Match, indexer: Indexer) -> Match:
             extra.append(k.table)
     if pages is None and not any(codes):
         return match
+    if not all(code is None or _in_words(code[0], node) for code, node in zip(codes, sides, strict=True)):
+        return match
     operands = (q, *sides, *match.site.operands[3:], *extra)
     interior = interior_between(match.site.output, operands)
     site = Site(operands, match.site.output, interior, staying(interior, (match.site.output,)))
@@ -66,6 +65,15 @@ def _in_order(node: Node, layout: Layout) -> bool:
         and layout.merged == layout.shape
         and (tuple(shape[d] for d in layout.order) == tuple(layout.shape))
     )
+
+
+def _in_words(codes: Codes, node: Node) -> bool:
+    """Whether the rows of a tensor of codes are whole words that lie aligned."""
+    value = node.meta["val"]
+    size = WORD // 2 if codes.packed else WORD
+    *strides, last = value.stride()
+    counted = [value.shape[-1], value.storage_offset(), *strides]
+    return last == 1 and all(isinstance(n, int) and n % size == 0 for n in counted)
 
 
 def _by_key(codes: quantised.Found | None, layout: Layout) -> bool:

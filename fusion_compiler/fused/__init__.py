@@ -6,7 +6,7 @@ FX nodes: those travel beside it as a `Site`. Sizes may be `int` or `torch.SymIn
 
 from __future__ import annotations
 
-from .attention import Attention, Codes, Layout, Mask, Modification, Pages, StoredAttention
+from .attention import WORD, Attention, Codes, Layout, Mask, Modification, Pages, StoredAttention
 from .declared import Declared
 from .matmul import Extra, MatmulFamily, MatmulGroup, Packed, PerGroup, RowNorm
 from .rope_cache import RopeCache
@@ -17,6 +17,7 @@ from .size import Size
 FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | StoredAttention | RopeCache | Declared
 
 __all__ = [
+    "WORD",
     "Attention",
     "Codes",
     "Declared",

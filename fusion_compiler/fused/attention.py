@@ -113,12 +113,16 @@ class Attention:
     results: tuple[str, ...] = ("out",)  # what the site's outputs are, in their order: also "logarithm" if it is one
 
 
+WORD = 4  # codes that a kernel reads together
+
+
 @dataclass(frozen=True)
 class Codes:
     """How keys or values are stored: each is (code − shift − zero) · scale.
 
     A code is an integer or float of 8 bits, or one of two in a byte: the low ones are the even elements of a row
-    where `packed` is "pairs", its first half where it is "halves". A row has one scale and one zero.
+    where `packed` is "pairs", its first half where it is "halves". A row has one scale and one zero, and its codes are
+    whole words of `WORD`, which lie aligned.
     """
 
     dtype: torch.dtype

@@ -20,7 +20,6 @@ from ....fused import Attention, Codes, Layout, Pages, Site, Size, StoredAttenti
 from ....machine import Machine
 from ....splice import load_kernel, same_sizes
 from ..matmul import float32_precision, imprecise
-from ..packed_linear import interpreted
 from . import predict
 from .operands import Axes, KernelSource, Operand, Operands, Plan, Table, as_stored, query_rows, row_tiles
 from .source import write
@@ -43,7 +42,7 @@ def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Can
     refusal = _refusal(op, machine) or _unreadable(codes, machine)
     if refusal is not None:
         return Unavailable(refusal)
-    plan = predict.best_plan(op, machine)
+    plan = predict.best_plan(stored, machine)
     if plan is None:
         return Unavailable(f"no tile of keys {op.head_dim} wide in {op.dtype} fits {machine.name} ({machine.arch})")
     keys = predict.expected_keys(op)
@@ -51,9 +50,9 @@ def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Can
         Candidate(
             name="triton_decode",
             kernel=f"triton {plan.label}",
-            traffic=predict.traffic(op, plan, keys, codes),
-            seconds=predict.seconds(op, plan, machine, keys),
-            emit=functools.partial(emit, stored, plan, native=machine.kind == "cuda" and not interpreted()),
+            traffic=predict.traffic(stored, plan, keys),
+            seconds=predict.seconds(stored, plan, machine, keys),
+            emit=functools.partial(emit, stored, plan),
             details=(
                 ("rows", plan.rows),
                 ("block", plan.block),
@@ -125,10 +124,9 @@ def _expression(size: Any) -> sympy.Expr:
 
 
 # ---- emission -------------------------------------------------------------------------------------
-def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site, *, native: bool = False) -> Node:
-    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`. `native`: with
-    instructions of NVIDIA's, which Triton's interpreter does not know."""
-    source, nodes, grid = prepared(asked, plan, builder, site, native=native)
+def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site) -> Node:
+    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
+    source, nodes, grid = prepared(asked, plan, builder, site)
     done = builder.triton(
         load_kernel(source.text, source.name), grid, nodes | source.sizes, source.outputs,
         num_warps=plan.num_warps, num_stages=source.num_stages,
@@ -137,7 +135,7 @@ def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site:
 
 
 def prepared(
-    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site, *, native: bool = False
+    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site
 ) -> tuple[KernelSource, dict[str, Node], tuple[Any, int]]:
     """The kernel, the tensors it is called with, and its grid.
 
@@ -181,7 +179,7 @@ def prepared(
         nodes["partial"] = builder.empty([*slots, op.v_dim], torch.float32, device)
         nodes["stats"] = builder.empty([*slots, 2], torch.float32, device)
         nodes["arrivals"] = builder.zeros(tiles, torch.int32, device)
-    source = write(op, plan, operands, float32_precision(), native=native)
+    source = write(op, plan, operands, float32_precision())
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
 
 

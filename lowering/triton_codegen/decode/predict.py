@@ -10,7 +10,7 @@ gather  = the last program of a tile waits for the others and reads what they le
 The 7-norm is a soft maximum; symbolic amounts take the maximum itself, which can be solved for crossovers. The
 constants are measured (efficiency.json, with device, date and versions) at 8 to 64 rows.
 
-Keys and values stored as codes are priced like those they stand for: what fewer bytes are worth was not measured.
+Every code takes `code` or `half` more.
 How many keys a position on the device will leave visible is not known when compiling. Plans are made for the allocated
 keys, but half of them are priced: the positions of a cache that fills up are evenly spread.
 """
@@ -30,16 +30,17 @@ import torch
 
 from ....candidates import Amount, Traffic
 from ....cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
-from ....fused import Attention, Codes
+from ....fused import WORD, Attention, Codes, StoredAttention
 from ....machine import Machine
-from .operands import Plan, power_of_two, query_rows, row_tiles
+from .operands import Plan, as_stored, power_of_two, query_rows, row_tiles
 from .source import gathered
 
 TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the memory idle, more costs resident programs
 WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
 WARPS_PER_SM = 64
 MOST_SPLITS = 128
-PER_SM = (0.5, 1)  # programs per SM that a number of splits aims at: more were slower
+PER_SM = (0.5, 1)  # programs per SM that a number of splits aims at: more were slower,
+CODED_PER_SM = (2,)  # but for codes
 TILE_ROWS = 64
 FEWEST_ROWS = {"cuda": 8, "rocm": 16}  # narrowest operand of the matrix units
 HINT = 4096  # keys that a plan is made for where their number is symbolic
@@ -58,6 +59,9 @@ class Constants:
     ordinary_fraction: float
     gather: float
     gather_step: float
+    code: float  # to make a number of a code of eight bits
+    half: float  # of four bits
+    page: float  # per step whose keys lie in several pages
 
 
 @functools.cache
@@ -66,32 +70,42 @@ def constants() -> Constants:
     return Constants(**{k: v for k, v in raw.items() if k not in ("device", "date", "versions", "method")})
 
 
-def plans(op: Attention, machine: Machine) -> Iterator[Plan]:
+def plans(stored: StoredAttention, machine: Machine) -> Iterator[Plan]:
     """Every plan that fits `machine`."""
-    fewest = FEWEST_ROWS.get(machine.kind, 16)
+    op, coded = stored.attention, _coded(stored)
+    fewest = 16 if coded else FEWEST_ROWS.get(machine.kind, 16)
     rows = min(TILE_ROWS, power_of_two(max(fewest, query_rows(op))))
     keys = amount(op.kv_len)
     longest = keys if isinstance(keys, int) else HINT
     pairs = _hint(op.batch) * int(op.kv_heads) * -(-query_rows(op) // rows)
+    # eight words of a row for each warp; numbers made of more codes at a time spill
+    warps = 2 if coded and max(op.head_dim, op.v_dim) <= 2 * 8 * WORD else WARPS
+    largest = 64 if coded and min(op.head_dim, op.v_dim) < 128 else 128
     for block, stages in itertools.product((32, 64, 128), (2, 3, 4)):
-        tile = tile_bytes(op, block)
+        tile = tile_bytes(stored, block)
         smallest = block == 32 and tile > TILE_BYTES[1]
-        if not (TILE_BYTES[0] <= tile <= TILE_BYTES[1] or smallest or block == 128 and tile < TILE_BYTES[0]):
+        if not (TILE_BYTES[0] <= tile <= TILE_BYTES[1] or smallest or block == largest and tile < TILE_BYTES[0]):
+            continue
+        if block > largest:
             continue
         if stages * tile + 4096 > machine.shared_memory or (stages == 2 and 3 * tile + 4096 <= machine.shared_memory):
             continue
         most = min(MOST_SPLITS, -(-longest // block))
-        for splits in sorted({1, *(max(1, min(most, round(n * machine.num_sms / pairs))) for n in PER_SM)}):
-            yield Plan(rows, block, splits, WARPS, stages)
+        per_sm = (*PER_SM, *(CODED_PER_SM if coded else ()))
+        for splits in sorted({1, *(max(1, min(most, round(n * machine.num_sms / pairs))) for n in per_sm)}):
+            yield Plan(rows, block, splits, warps, stages)
 
 
-def best_plan(op: Attention, machine: Machine) -> Plan | None:
+def best_plan(asked: Attention | StoredAttention, machine: Machine) -> Plan | None:
     """The plan predicted fastest for all allocated keys."""
+    stored = as_stored(asked)
+    op = stored.attention
     keys = amount(op.kv_len)
     filled = keys if isinstance(keys, int) else HINT
     if op.mask.window is not None:
         filled = min(filled, op.mask.window + int(op.q_len))
-    timed = [(_number(seconds(op, plan, machine, filled), op), i, plan) for i, plan in enumerate(plans(op, machine))]
+    found = enumerate(plans(stored, machine))
+    timed = [(_number(seconds(stored, plan, machine, filled), op), i, plan) for i, plan in found]
     return min(timed)[2] if timed else None
 
 
@@ -107,12 +121,10 @@ def expected_keys(op: Attention) -> Amount:
     return filled if op.mask.window is None else minimum(filled, op.mask.window + amount(op.q_len))
 
 
-def traffic(op: Attention, plan: Plan, keys: Amount, codes: tuple[Codes | None, Codes | None]) -> Traffic:
+def traffic(asked: Attention | StoredAttention, plan: Plan, keys: Amount) -> Traffic:
     """k and v (and a mask that is read) once, q, the result, and what the splits leave for the last one."""
-    bytes_per_key = 0.0
-    for width, code in zip((op.head_dim, op.v_dim), codes, strict=True):
-        bits = 8 * op.dtype.itemsize if code is None else 4 if code.packed else 8
-        bytes_per_key += width * bits / 8
+    stored = as_stored(asked)
+    op, bytes_per_key = stored.attention, _bytes_per_key(stored)
     item, pairs = op.dtype.itemsize, amount(op.batch) * int(op.kv_heads)
     rows = pairs * query_rows(op)
     read = pairs * keys * bytes_per_key + item * rows * op.head_dim
@@ -123,24 +135,30 @@ def traffic(op: Attention, plan: Plan, keys: Amount, codes: tuple[Codes | None, 
     return Traffic(flops, read + handed, item * rows * op.v_dim + handed, 1)
 
 
-def seconds(op: Attention, plan: Plan, machine: Machine, keys: Amount) -> Amount:
+def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, keys: Amount) -> Amount:
     """Predicted time where `keys` keys are walked through."""
-    known = constants()
+    known, stored = constants(), as_stored(asked)
+    op = stored.attention
     pairs = amount(op.batch) * int(op.kv_heads)
     blocks = ceil_div(keys, plan.block)
     active = minimum(blocks, plan.splits)
     programs = pairs * row_tiles(op, plan) * active
-    together = minimum(resident(op, plan, machine), ceil_div(programs, machine.num_sms))
-    waves = ceil_div(programs, machine.num_sms * resident(op, plan, machine))
-    work = known.product * (plan.rows - 8) * plan.block * (op.head_dim + op.v_dim)
+    together = minimum(resident(stored, plan, machine), ceil_div(programs, machine.num_sms))
+    waves = ceil_div(programs, machine.num_sms * resident(stored, plan, machine))
+    work = known.product * (plan.rows - (16 if _coded(stored) else 8)) * plan.block * (op.head_dim + op.v_dim)
     if op.dtype == torch.float32:
         flops = 2 * plan.rows * plan.block * (op.head_dim + op.v_dim)
         work = flops / (machine.vector_flops / machine.num_sms * known.ordinary_fraction)
-    step = known.step + known.step_byte * tile_bytes(op, plan.block) + known.latency / (plan.num_stages - 1)
+    step = known.step + known.step_byte * tile_bytes(stored, plan.block) + known.latency / (plan.num_stages - 1)
+    for width, code in ((op.head_dim, stored.k), (op.v_dim, stored.v)):
+        if code is not None:
+            work += (known.half if code.packed else known.code) * plan.block * width
     step = step + work * together
+    if stored.pages is not None and stored.pages.size % plan.block:
+        step = step + known.page
     steps = waves * ceil_div(blocks, active)
     chain = (steps - 1) * step
-    moved = op.dtype.itemsize * pairs * keys * (op.head_dim + op.v_dim)
+    moved = pairs * keys * _bytes_per_key(stored)
     memory = moved / (machine.memory_bandwidth * known.reached)
     total = known.start + step + _softly(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
     total = total + known.ramp * (1 - 1 / steps)
@@ -155,17 +173,34 @@ def _softly(a: Amount, b: Amount) -> Amount:
     return maximum(a, b) if is_symbolic(a) or is_symbolic(b) else float((a**7 + b**7) ** (1 / 7))
 
 
-def tile_bytes(op: Attention, block: int) -> int:
+def tile_bytes(stored: StoredAttention, block: int) -> int:
     """Bytes of k and v in shared memory for one step."""
-    return block * (power_of_two(max(16, op.head_dim)) + power_of_two(max(16, op.v_dim))) * op.dtype.itemsize
+    op, total = stored.attention, 0.0
+    for width, code in zip((op.head_dim, op.v_dim), (stored.k, stored.v), strict=True):
+        total += block * power_of_two(max(16, width)) * _size(op, code)
+    return int(total)
 
 
-def resident(op: Attention, plan: Plan, machine: Machine) -> int:
+def _bytes_per_key(stored: StoredAttention) -> float:
+    op = stored.attention
+    return op.head_dim * _size(op, stored.k) + op.v_dim * _size(op, stored.v)
+
+
+def _size(op: Attention, code: Codes | None) -> float:
+    """Bytes of an element."""
+    return op.dtype.itemsize if code is None else 0.5 if code.packed else 1
+
+
+def _coded(stored: StoredAttention) -> int:
+    """How many elements of a key and its value are codes."""
+    op = stored.attention
+    return op.head_dim * (stored.k is not None) + op.v_dim * (stored.v is not None)
+
+
+def resident(stored: StoredAttention, plan: Plan, machine: Machine) -> int:
     """Programs that run on one SM at once."""
-    return max(
-        1,
-        min(machine.shared_memory // (plan.num_stages * tile_bytes(op, plan.block) + 2048), WARPS_PER_SM // WARPS),
-    )
+    memory = plan.num_stages * tile_bytes(stored, plan.block) + 2048
+    return max(1, min(machine.shared_memory // memory, WARPS_PER_SM // plan.num_warps))
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -5,7 +5,8 @@ one tile and walks along its share of the keys, with the online softmax in float
 
     s = score(k · qᵀ),  m' = max(m, max s),  p = 2^(s − m'),  l = l·2^(m − m') + Σ p,  acc = acc·2^(m − m') + vᵀ · p
 
-Keys are the M operand of the matrix unit ("swap-AB"), because the rows are too few to fill it. What is visible decides
+Keys are the M operand of the matrix unit ("swap-AB"), because the rows are too few to fill it; but rows are where keys
+or values are codes, as only the other operand can be read as words (see stored.py). What is visible decides
 how far the keys are walked: where the mask counts from a position on the device, the program reads it and the splits
 divide the keys that are really there; programs without a share return at once.
 
@@ -30,11 +31,9 @@ GATHERED_ELEMENTS = 512  # of the rows' results that the last program adds up at
 GATHERED_SPLITS = 16  # that it reads at a time
 
 
-def write(
-    op: Attention, plan: Plan, operands: Operands, precision: str = "ieee", *, native: bool = False
-) -> KernelSource:
-    """The kernel, for the grid (batch · kv_heads · row tiles, splits); `native`: with instructions of NVIDIA's."""
-    return _Split(op, plan, operands, precision, native=native).write()
+def write(op: Attention, plan: Plan, operands: Operands, precision: str = "ieee") -> KernelSource:
+    """The kernel, for the grid (batch · kv_heads · row tiles, splits)."""
+    return _Split(op, plan, operands, precision).write()
 
 
 def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
@@ -46,13 +45,13 @@ def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
 class _Split(Writer):
     """Names: n over keys, d over columns of q and k, c over columns of v."""
 
-    def __init__(self, op: Attention, plan: Plan, operands: Operands, precision: str, *, native: bool) -> None:
+    def __init__(self, op: Attention, plan: Plan, operands: Operands, precision: str) -> None:
         super().__init__(op, plan, operands)
         self.precision = precision
         self.rows = query_rows(op)
         self.tiles = row_tiles(op, plan)
-        self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype, native)
-        self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype, native)
+        self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype)
+        self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype)
         # one block of the cache for all keys of a step, or one for each
         self.one_page = operands.table is not None and operands.k.page % plan.block == 0
 
@@ -78,7 +77,7 @@ class _Split(Writer):
             tensors |= {"arrivals": torch.int32, **WORKSPACE}
         tensors |= {"out": known.out.dtype}
         outputs = ("out", *WORKSPACE) if self.splitting else ("out",)
-        return self.module(NAME, tensors, outputs, [side.widening for side in (self.k, self.v) if side.widening])
+        return self.module(NAME, tensors, outputs)
 
     def indices(self) -> None:
         op, plan = self.op, self.plan
@@ -105,12 +104,14 @@ class _Split(Writer):
 
     def queries(self) -> None:
         q = self.operands.q
-        bounds = self.inside(self.row_bound("[None, :]"), self.k.bound("[:, None]"))
+        bounds = self.inside(self.row_bound(self.of_row), self.k.bound(self.of_key))
         for suffix, column in self.k.parts.items():
-            where = self.along("q", q.strides, column=f"({column})[:, None]", **self.of_query("[None, :]"))
+            where = self.along("q", q.strides, column=f"({column}){self.of_key}", **self.of_query(self.of_row))
             self.emit(f"q_tile{suffix} = tl.load({where}{bounds}){self.cast(q)}")
         if self.k.shifts:
-            self.emit(f"q_total = {' + '.join(f'tl.sum(q_tile{s}.to(tl.float32), 0)' for s in self.k.parts)}")
+            self.emit(
+                f"q_total = {' + '.join(f'tl.sum(q_tile{s}.to(tl.float32), {self.key_axis})' for s in self.k.parts)}"
+            )
         scale = literal(self.op.scale * LOG2E if self.binary and self.op.softcap is None else self.op.scale)
         self.scale = scale
         if self.operands.scale is not None:
@@ -129,73 +130,94 @@ class _Split(Writer):
         self.emit(f"step = tl.arange(0, {plan.block})")
         for side in (k, v):
             batch = {} if side.operand.page else {"batch": "batch"}
-            base = self.along(side.name, side.operand.strides, **batch, head="kv_head")
+            if side.word:
+                self.emit(f"{side.name}_base = {side.name}.to(tl.pointer_type(tl.{side.word}))")
+            base = self.along(f"{side.name}_base" if side.word else side.name, side.strides, **batch, head="kv_head")
             self.emit(f"{side.name}_base = {base}")
             self.of_head(side)
         self.emit(f'm = tl.full(({plan.rows},), float("-inf"), tl.float32)')
-        self.emit(f"l = tl.zeros(({plan.block}, {plan.rows}), tl.float32)")
+        self.emit(f"l = tl.zeros({self.shape(plan.block)}, tl.float32)")
         for suffix in v.parts:
-            self.emit(f"acc{suffix} = tl.zeros(({v.width}, {plan.rows}), tl.float32)")
+            self.emit(f"acc{suffix} = tl.zeros({self.shape(v.width)}, tl.float32)")
         if v.shifts:
             self.emit(f"surplus = tl.zeros(({plan.rows},), tl.float32)")
-        if self.by_key:
-            self.emit(f"ahead = begin * {plan.block} + step")
-            self.rows_ahead()
+        self.look_ahead("begin")
         self.emit(f"for block in range(begin, end{', active' if self.splitting else ''}):")
         self.level += 1
         self.emit(f"n = block * {plan.block} + step")
-        if self.by_key:
-            self.emit(*(f"{name}_here = {name}_ahead.to(tl.float32)" for name in self.by_key))
-            self.emit(f"ahead = n + {plan.block}{' * active' if self.splitting else ''}")
-            self.rows_ahead()
+        self.emit(*(f"{name}_here = {name}_ahead.to(tl.float32)" for name in self.by_key))
+        self.look_ahead("block + active" if self.splitting else "block + 1")
         self.pages()
         self.load(k)
         product = ""
         for suffix in k.parts:
-            factors = f"{k.decoded(suffix)}, q_tile{suffix}{product}"
-            self.emit(f's = tl.dot({factors}, input_precision="{self.precision}")')
+            self.emit(f"s = {self.dot(k.decoded(suffix, self.of_key), f'q_tile{suffix}', product)}")
             product = ", s"
         if k.shifts:
-            self.emit(f"s = s - {k.along_keys(k.zero(), 'zero')} * q_total[None, :]")
+            self.emit(f"s = s - {k.along_keys(k.zero(), 'zero', self.of_key)} * q_total{self.of_row}")
         if k.operand.scale is not None:
-            self.emit(f"s = s * {k.along_keys('k_scale_here', 'scale')}")
+            self.emit(f"s = s * {k.along_keys('k_scale_here', 'scale', self.of_key)}")
         self.score()
-        self.emit("m_new = tl.maximum(m, tl.max(s, 0))")
+        self.emit(f"m_new = tl.maximum(m, tl.max(s, {self.key_axis}))")
         base = "m_new"
         if not self.sees_first_key():
             base = "base"
             self.emit('base = tl.where(m_new == float("-inf"), 0.0, m_new)')
-        self.emit(f"alpha = {self.exp(f'm - {base}')}", f"p = {self.exp(f's - {base}[None, :]')}")
-        self.emit("m = m_new", "l = l * alpha[None, :] + p")
+        self.emit(f"alpha = {self.exp(f'm - {base}')}", f"p = {self.exp(f's - {base}{self.of_row}')}")
+        self.emit("m = m_new", f"l = l * alpha{self.of_row} + p")
         self.load(v)
-        weight = f"p * {v.along_keys('v_scale_here', 'scale')}" if v.operand.scale is not None else "p"
+        weight = f"p * {v.along_keys('v_scale_here', 'scale', self.of_key)}" if v.operand.scale is not None else "p"
         self.emit(f"weight = ({weight}).to(tl.{str(self.op.dtype).removeprefix('torch.')})")
         for suffix in v.parts:
-            self.emit(f"acc{suffix} = acc{suffix} * alpha[None, :]")
-            factors = f"{v.decoded(suffix)}, weight, acc{suffix}"
-            self.emit(f'acc{suffix} = tl.dot({factors}, input_precision="{self.precision}")')
+            self.emit(f"acc{suffix} = acc{suffix} * alpha{self.of_row}")
+            self.emit(f"acc{suffix} = {self.dot(v.decoded(suffix, self.of_row), 'weight', f', acc{suffix}')}")
         if v.shifts:
-            zero = v.along_keys(v.zero(), "zero")
-            self.emit(f"surplus = surplus * alpha + tl.sum(weight.to(tl.float32) * {zero}, 0)")
+            zero = v.along_keys(v.zero(), "zero", self.of_key)
+            self.emit(f"surplus = surplus * alpha + tl.sum(weight.to(tl.float32) * {zero}, {self.key_axis})")
         self.level -= 1
         if v.shifts:
-            self.emit(*(f"acc{suffix} = acc{suffix} - surplus[None, :]" for suffix in v.parts))
+            self.emit(*(f"acc{suffix} = acc{suffix} - surplus{self.of_row}" for suffix in v.parts))
+
+    def shape(self, other: int) -> str:
+        """That of a tensor of keys or columns, and rows."""
+        return f"({self.plan.rows}, {other})" if self.coded else f"({other}, {self.plan.rows})"
+
+    def dot(self, stored: str, rows: str, accumulator: str) -> str:
+        factors = f"{rows}, {stored}" if self.coded else f"{stored}, {rows}"
+        return f'tl.dot({factors}{accumulator}, input_precision="{self.precision}")'
 
     def load(self, side: Stored) -> None:
-        """A tile of keys or values, widened where it holds codes that instructions widen."""
+        """A tile of keys or values."""
         operand, name = side.operand, side.name
-        keys, columns = ("[None, :]", "[:, None]") if side.turned else ("[:, None]", "[None, :]")
+        keys, columns = (self.of_key, self.of_row) if side is self.k else (self.of_row, self.of_key)
         if operand.page:
             index = {"batch": "page" if self.one_page else f"page{keys}", "row": f"(n % {operand.page}){keys}"}
         else:
             index = {"row": f"{self.key(operand)}{keys}"}
-        at = self.along(f"{name}_base", operand.strides, **index, column=f"{side.index}{columns}")
-        other = ", other=0.0" if operand.dtype.is_floating_point else ", other=0"
+        at = self.along(f"{name}_base", side.strides, **index, column=f"{side.index}{columns}")
+        other = ", other=0" if operand.codes is not None else ", other=0.0"
         bounds = " & ".join(b for b in (f"(n < length){keys}", side.bound(columns)) if b)
         cast = "" if operand.codes is not None else self.cast(operand)
         self.emit(f"{name}_tile = tl.load({at}, mask={bounds}{other}){cast}")
-        if side.widening:
-            self.emit(f"{', '.join(side.widened)} = {name}_numbers({name}_tile)")
+
+    @property
+    def by_key(self) -> dict[str, Operand]:
+        """The scales and zeros that differ from key to key."""
+        return {
+            f"{side.name}_{what}": held
+            for side in (self.k, self.v)
+            for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero))
+            if held is not None and side.by_key(what)
+        }
+
+    def look_ahead(self, block: str) -> None:
+        """Scales and zeros of the keys of a later `block`: no pipeline fetches so few bytes."""
+        if not self.by_key:
+            return
+        self.emit(f"ahead = ({block}) * {self.plan.block} + step")
+        for name, held in self.by_key.items():
+            at = self.along(name, held.strides, batch="batch", head="kv_head", row=self.key(held, "ahead"))
+            self.emit(f"{name}_ahead = tl.load({at}, mask=ahead < length, other=0)")
 
     def pages(self) -> None:
         """`page`: the block of the cache that holds the keys at hand."""
@@ -208,22 +230,6 @@ class _Split(Writer):
         mask = "" if self.one_page else ", mask=n < length, other=0"
         self.emit(f"page = tl.load({at}{mask}).to(tl.int64)")
         self.emit(f"page = tl.where(page < 0, page + {self.size('blocks_held', table.blocks)}, page)")
-
-    @property
-    def by_key(self) -> dict[str, Operand]:
-        """The scales and zeros that differ from key to key."""
-        return {
-            f"{side.name}_{what}": held
-            for side in (self.k, self.v)
-            for what, held in (("scale", side.operand.scale), ("zero", side.operand.zero))
-            if held is not None and side.by_key(what)
-        }
-
-    def rows_ahead(self) -> None:
-        """Scales and zeros of the keys `ahead`, a step before they are needed: no pipeline fetches so few bytes."""
-        for name, held in self.by_key.items():
-            at = self.along(name, held.strides, batch="batch", head="kv_head", row=self.key(held, "ahead"))
-            self.emit(f"{name}_ahead = tl.load({at}, mask=ahead < length, other=0)")
 
     def of_head(self, side: Stored) -> None:
         """Scale and zero that all keys of a head have."""
@@ -250,10 +256,10 @@ class _Split(Writer):
         if op.mask.kind == "tensor":
             assert self.operands.mask is not None
             operand = self.operands.mask
-            at = self.along("mask", operand.strides, column="n[:, None]", **self.of_query("[None, :]"))
+            at = self.along("mask", operand.strides, column=f"n{self.of_key}", **self.of_query(self.of_row))
             by_row, by_key = operand.strides[1] != 0 or operand.strides[2] != 0, operand.strides[3] != 0
             bounds = self.inside(
-                "(n < length)[:, None]" if by_key else "", self.row_bound("[None, :]") if by_row else ""
+                f"(n < length){self.of_key}" if by_key else "", self.row_bound(self.of_row) if by_row else ""
             )
             if self.additive:
                 self.emit(f"s = s + tl.load({at}{bounds}).to(tl.float32)")
@@ -264,19 +270,20 @@ class _Split(Writer):
         self.emit(f's = tl.where({" & ".join(seen)}, s, float("-inf"))')
 
     def finish(self) -> None:
-        row = self.row_bound("[None, :]")
-        stored = " & ".join(b for b in (row, self.v.bound("[:, None]")) if b)
+        row = self.row_bound(self.of_row)
+        stored = " & ".join(b for b in (row, self.v.bound(self.of_key)) if b)
         mask = f", mask={stored}" if stored else ""
-        self.emit("total = tl.sum(l, 0)")
+        self.emit(f"total = tl.sum(l, {self.key_axis})")
         if not self.splitting:
             for suffix, column in self.v.parts.items():
-                index = self.of_query("[None, :]") | {"column": f"({column})[:, None]"}
+                index = self.of_query(self.of_row) | {"column": f"({column}){self.of_key}"}
                 at = self.along("out", self.operands.out.strides, **index)
-                self.emit(f"tl.store({at}, {self.result(f'acc{suffix}', 'total[None, :]')}{mask})")
+                self.emit(f"tl.store({at}, {self.result(f'acc{suffix}', f'total{self.of_row}')}{mask})")
             return
         self.emit(f"slot = (pair.to(tl.int64) * {self.plan.splits} + split) * {self.rows} + row")
         for suffix, column in self.v.parts.items():
-            self.emit(f"tl.store(partial + slot[None, :] * {self.op.v_dim} + ({column})[:, None], acc{suffix}{mask})")
+            at = f"partial + slot{self.of_row} * {self.op.v_dim} + ({column}){self.of_key}"
+            self.emit(f"tl.store({at}, acc{suffix}{mask})")
         bound = f", mask={self.row_bound('')}" if row else ""
         self.emit(f"tl.store(stats + slot * 2, m{bound})", f"tl.store(stats + slot * 2 + 1, total{bound})")
         self.gather()

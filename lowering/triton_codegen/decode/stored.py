@@ -3,7 +3,10 @@
 With codes c, k = (c − zero) · scale and the same for v: the scale of a key multiplies its score and that of a value
 its probability, and Σ c·q − zero · Σ q is the product with a key. Codes are exact in the dtypes of the matrix units, so
 only what eager rounds too is rounded. In float32, where a difference of large sums would be less exact than eager,
-zeros are taken from codes before the product. Two codes in a byte make two products, one for each half of the byte.
+zeros are taken from codes before the product.
+
+Codes are read as words of four, 32 or 16 bits, each of which makes four products: a word goes to the thread that needs
+its codes without a detour, where single bytes would be moved one by one, and numbers twice through shared memory.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ....fused import WORD
 from ..pointwise import literal
-from .operands import Operand, power_of_two
-from .widening import widening
+from .operands import Axes, Operand, power_of_two
+
+FLOATS = {torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5"}
 
 
 @dataclass(frozen=True)
@@ -26,34 +31,26 @@ class Stored:
     size: int
     operand: Operand
     dtype: torch.dtype
-    native: bool
 
     @property
-    def widening(self) -> str:
-        """The function of a tile that makes numbers of codes; nothing where casts do."""
+    def word(self) -> str:
+        """The integers that codes are read as; nothing where there are none."""
         codes = self.operand.codes
-        if codes is None or not self.native or self.dtype == torch.float32:
-            return ""
-        return widening(f"{self.name}_numbers", codes, self.dtype)
+        return "" if codes is None else "int16" if codes.packed else "int32"
 
     @property
-    def turned(self) -> bool:
-        """Whether a tile is read as [columns, keys]. Numbers made of codes are turned behind, not byte by byte."""
-        return self.name == "v" and not self.widening
-
-    @property
-    def widened(self) -> tuple[str, ...]:
-        """Names of the parts of a tile, where a function made them."""
-        return tuple(f"{self.name}_part{suffix}" for suffix in self.parts)
-
-    @property
-    def packed(self) -> str:
-        return self.operand.codes.packed if self.operand.codes is not None else ""
+    def strides(self) -> Axes:
+        """In words."""
+        if not self.word:
+            return self.operand.strides
+        size = WORD // 2 if self.operand.codes and self.operand.codes.packed else WORD
+        batch, head, row, _ = (s // size for s in self.operand.strides)
+        return batch, head, row, 1
 
     @property
     def length(self) -> int:
-        """Stored elements of a row."""
-        return self.size // 2 if self.packed else self.size
+        """Elements, or words of a row."""
+        return self.size // WORD if self.word else self.size
 
     @property
     def width(self) -> int:
@@ -62,28 +59,34 @@ class Stored:
     @property
     def parts(self) -> dict[str, str]:
         """By suffix, the elements of a row that one product is of, as text."""
-        if not self.packed:
+        codes = self.operand.codes
+        if codes is None:
             return {"": self.index}
-        if self.packed == "pairs":
-            return {"_low": f"2 * {self.index}", "_high": f"2 * {self.index} + 1"}
-        return {"_low": self.index, "_high": f"{self.index} + {self.length}"}
+        if codes.packed == "halves":
+            half = self.size // 2
+            return {f"_{i}": f"2 * {self.index} + {i // 2 + i % 2 * half}" for i in range(WORD)}
+        return {f"_{i}": f"{WORD} * {self.index} + {i}" for i in range(WORD)}
 
     def bound(self, axis: str) -> str:
         return f"({self.index} < {self.length}){axis}" if self.length != self.width else ""
 
-    def decoded(self, suffix: str) -> str:
-        """What the product of a part is of, from the tile that was loaded."""
-        if self.widening:
-            part = f"{self.name}_part{suffix}"
-            return f"tl.trans({part})" if self.name == "v" else part
-        tile = {"": f"{self.name}_tile", "_low": f"({self.name}_tile & 15)", "_high": f"({self.name}_tile >> 4)"}[
-            suffix
-        ]
-        same = self.operand.dtype == self.dtype
-        tile = tile if same else f"{tile}.to(tl.{str(self.dtype).removeprefix('torch.')})"
+    def decoded(self, suffix: str, axis: str) -> str:
+        """What the product of a part is of, from the tile that was loaded; keys lie along `axis`."""
+        codes, tile = self.operand.codes, f"{self.name}_tile"
+        if codes is None:
+            return tile
+        place = int(suffix.removeprefix("_"))
+        if codes.dtype.is_floating_point:
+            byte = f"({tile} >> {8 * place} & 255).to(tl.uint8).to({FLOATS[codes.dtype]}, bitcast=True)"
+            number = f"{byte}.to(tl.float16).to(tl.float32)"
+        else:
+            # an integer below 2²³ in the mantissa of 2²³ needs no conversion; signed ones are counted from −128
+            code = f"{tile}.to(tl.int32) >> {4 * place} & 15" if codes.packed else f"{tile} >> {8 * place} & 255"
+            code, less = (f"{code} ^ 128", 8388736.0) if codes.dtype == torch.int8 else (code, 8388608.0)
+            number = f"(({code} | 0x4B000000).to(tl.float32, bitcast=True) - {less})"
         if self._shifted and not self.shifts:
-            tile += f" - {self.along_keys(self.zero(), 'zero', '[None, :]' if self.turned else '[:, None]')}"
-        return tile
+            number += f" - {self.along_keys(self.zero(), 'zero', axis)}"
+        return f"({number}).to(tl.{str(self.dtype).removeprefix('torch.')})"
 
     @property
     def shifts(self) -> bool:
@@ -110,5 +113,5 @@ class Stored:
         found = self.operand.scale if what == "scale" else self.operand.zero
         return found is not None and found.strides[2] != 0
 
-    def along_keys(self, text: str, what: str, axis: str = "[:, None]") -> str:
+    def along_keys(self, text: str, what: str, axis: str) -> str:
         return f"{text}{axis}" if self.by_key(what) else text

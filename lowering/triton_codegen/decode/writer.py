@@ -31,6 +31,10 @@ class Writer:
         # Scores are kept in units of log 2, so that exponentials need no factor. Not where float32 has to be exact, nor
         # where a mask that is added may be near the least number, which leaves no room for the factor.
         self.binary = not self.additive and op.dtype != torch.float32
+        # Keys before rows, or after them where codes become numbers (see source.py)
+        self.coded = operands.k.codes is not None or operands.v.codes is not None
+        self.of_key, self.of_row = ("[None, :]", "[:, None]") if self.coded else ("[:, None]", "[None, :]")
+        self.key_axis = 1 if self.coded else 0
 
     def emit(self, *lines: str) -> None:
         self.lines.extend(INDENT * self.level + line for line in lines)
@@ -51,10 +55,8 @@ class Writer:
                 terms.append(index[axis] if text == "1" else f"{index[axis]} * {text}")
         return " + ".join([tensor, *terms])
 
-    def module(
-        self, name: str, tensors: dict[str, torch.dtype], outputs: tuple[str, ...], functions: list[str]
-    ) -> KernelSource:
-        head = ["import triton", "import triton.language as tl", "", "", *functions, "@triton.jit", f"def {name}("]
+    def module(self, name: str, tensors: dict[str, torch.dtype], outputs: tuple[str, ...]) -> KernelSource:
+        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}("]
         head += [f"{INDENT}{argument}," for argument in (*tensors, *self.sizes)] + ["):"]
         # Triton deals its stages out evenly to a load and to the one that its address comes from, a table's
         stages = self.plan.num_stages if self.operands.table is None else 2 * self.plan.num_stages - 1
@@ -108,16 +110,17 @@ class Writer:
 
     def seen(self) -> list[str]:
         """Which keys n a row sees, but for a mask that is read."""
-        mask, seen = self.op.mask, ["(n < length)[:, None]"]
+        mask, seen = self.op.mask, [f"(n < length){self.of_key}"]
         if mask.kind != "causal":
             return seen
-        newest = "newest + query[None, :]" if int(self.op.q_len) > 1 else "newest"
+        n = f"n{self.of_key}"
+        newest = f"newest + query{self.of_row}" if int(self.op.q_len) > 1 else "newest"
         if int(self.op.q_len) > 1:
-            seen.append(f"(n[:, None] <= {newest})")
+            seen.append(f"({n} <= {newest})")
         if mask.window is not None:
-            seen.append(f"(n[:, None] > {newest} - {mask.window})")
+            seen.append(f"({n} > {newest} - {mask.window})")
         if mask.chunk is not None:
-            seen.append(f"(n[:, None] // {mask.chunk} == ({newest}) // {mask.chunk})")
+            seen.append(f"({n} // {mask.chunk} == ({newest}) // {mask.chunk})")
         return seen
 
     def sees_first_key(self) -> bool:
