@@ -320,6 +320,16 @@ def test_packed_weight_is_spliced_whole(trace: object, kn: bool) -> None:
     torch.testing.assert_close(gm(x, w), model(x, w), rtol=1e-4, atol=1e-4)
 
 
+def test_linears_that_would_be_cut_off_to_tf32_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 is allowed here; unlike a device, the interpreter multiplies float32 in full."""
+    op, h200 = family(16, 2048, 8192, RMS, SWIGLU, SINGLE), TABLE["h200"]
+    assert isinstance(matmul.candidates(op, h200), list)
+    monkeypatch.setattr(matmul, "interpreted", lambda: False)
+    refused = matmul.candidates(op, h200)
+    assert isinstance(refused, Unavailable) and "four times eager's" in refused.reason
+    assert {p.kind for p in matmul.plausible_plans(dataclasses.replace(op, m=2), h200, 2)} == {"gemv"}
+
+
 def test_float32_precision_follows_torch() -> None:
     before = torch.get_float32_matmul_precision()
     try:

@@ -18,7 +18,7 @@ from ...fused import MatmulFamily, PerGroup, Site
 from ...machine import Machine
 from ...splice import load_kernel
 from . import packed_predict
-from .matmul import Matmuls, rows_of
+from .matmul import Matmuls, interpreted, rows_of
 from .packed_gemv_source import PackedGemv
 from .packed_source import PackedSwap
 from .plans import Plan
@@ -163,13 +163,6 @@ def _layout(op: Matmuls) -> tuple[tuple[str, str], ...]:
     """What the user can do about how the weights lie."""
     unaligned = any(p.order == "halves" and p.block != 16 for part in op.parts for p in part.packed)
     return (("layout", UNALIGNED),) if unaligned else ()
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, which knows no PTX."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Site) -> Node | tuple[Node, ...]:

@@ -77,8 +77,8 @@ class KindConstants:
 class Constants:
     """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `gather`: seconds for each sum
     that the last of the blocks that share K adds up; `zeroing`: for the zeros that such kernels of a graph count in.
-    `errors` tells, by kind of plan, up to how many rows both it and Inductor were measured (on `machine`, in `dtype`,
-    with two weights that share their input), and by how much its gain was less than predicted there."""
+    `errors` tells, by kind of plan, by how much its gain over Inductor was less than predicted up to a number of rows,
+    and beyond (the number, the two errors): measured on `machine`, in `dtype`, with two weights that share an input."""
 
     reached: float
     gather: float
@@ -86,7 +86,7 @@ class Constants:
     kinds: dict[str, KindConstants]
     machine: str
     dtype: str
-    errors: dict[str, tuple[int, float]]
+    errors: dict[str, tuple[int, float, float]]
 
 
 @functools.cache
@@ -104,8 +104,8 @@ def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> Any:
     alike = machine.name == known.machine and dtype_name(op.dtype) == known.dtype and whole.activation is None
     if plan.kind not in known.errors or not alike or len(op.parts) > 1 or whole.weights != 2:
         return MARGIN
-    rows, small = known.errors[plan.kind]
-    return where(greater(amount(op.m), rows), MARGIN, small)
+    rows, below, beyond = known.errors[plan.kind]
+    return where(greater(amount(op.m), rows), beyond, below)
 
 
 def activation_flops(op: MatmulFamily, machine: Machine) -> float:
