@@ -15,11 +15,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 import fusion_compiler as fc
 from fusion_compiler.algebra import Algebra
 from fusion_compiler.backend import fusion_compiler
-from fusion_compiler.fused import MatmulFamily, Packed, PerGroup
+from fusion_compiler.fused import Extra, MatmulFamily, Packed, PerGroup
 from fusion_compiler.lowering.triton_codegen import packed_predict
 from fusion_compiler.lowering.triton_codegen.aot import _TRITON_TYPE, resources
 from fusion_compiler.lowering.triton_codegen.packed_gemv_source import PackedGemv
 from fusion_compiler.lowering.triton_codegen.packed_source import PackedSwap
+from fusion_compiler.lowering.triton_codegen.packed_split_source import PackedSplit
+from fusion_compiler.lowering.triton_codegen.plans import Plan
 from fusion_compiler.lowering.triton_codegen.shared_memory import within
 from fusion_compiler.lowering.triton_codegen.source import facts
 from fusion_compiler.machine import TABLE
@@ -252,6 +254,32 @@ def test_codes_take_some_hundred_rows_and_inductor_the_rest():
     assert decision.verdict == "kept" and "beyond 64 rows" in decision.reason
 
 
+@pytest.mark.parametrize(("rows", "shares"), [(5, 2), (16, 4), (16, 1)])
+def test_programs_that_share_k_add_up_what_each_has_left(rows, shares):
+    model, x = Split(n=128, k=1024), torch.randn(rows, 1024, dtype=HALF)
+    packed = Packed("halves", 0, 512, 16, PerGroup(HALF, 32, 0, 32, 1), 8.0)
+    bias = Algebra().make("extra", index=0)
+    epilogue = Algebra().add(Algebra().make("acc", index=0), bias)
+    op = MatmulFamily(rows, 1024, 128, 1, None, epilogue, (Extra("col", HALF),), HALF, HALF, packed=(packed,))
+    plan = Plan("split", 16, 64, 256, 2, 3, splits=shares)
+    source = PackedSplit(op, plan, facts(op, plan), native=False).write()
+    out, added = torch.full((rows, 128), torch.nan, dtype=HALF), torch.randn(128, dtype=HALF)
+    arrivals, partial = torch.zeros(2, dtype=torch.int32), torch.full((2 * shares * 16 * 64,), torch.nan)
+    work = [partial, arrivals] if shares > 1 else []
+    kernel = load_kernel(source.text, source.name)
+    for _ in range(2):  # the second call finds the workspace as the first has left it
+        kernel[(2 * shares,)](x, model.qs, model.d, added, *work, out, 1024, 128, 1024, 64, 256)
+        reference = x.double() @ model.weight().T + added.double()
+        assert relative(out, reference) <= 1.5 * relative(model(x) + added, reference)
+    assert not arrivals.any()
+
+
+def test_few_features_share_k():
+    for k, n in ((14336, 4096), (4096, 4096)):
+        report = fc.explain(Split(k, n), torch.randn(16, k, dtype=HALF), machine="h200")
+        assert "split16" in report.fused[0].kernel
+
+
 @pytest.mark.parametrize("rows", [65, 256])
 def test_tiles_along_m_are_as_right_as_eager(rows):
     model, x = Split(n=64, k=K), torch.randn(rows, K, dtype=HALF)
@@ -323,6 +351,8 @@ def compile_all() -> list[tuple[str, int]]:
     found = []
     for packed, m, dtype, arch in (
         (split, 64, HALF, 90),
+        (split, 8, torch.bfloat16, 90),
+        (split, 128, HALF, 90),
         (split, 4, torch.bfloat16, 80),
         (raw, 1, HALF, 90),
         (words, 16, torch.bfloat16, 90),
@@ -330,7 +360,8 @@ def compile_all() -> list[tuple[str, int]]:
     ):
         op = MatmulFamily(m, 1024, 4096, 1, None, Algebra().make("acc", index=0), (), dtype, dtype, packed=(packed,))
         _, plan = packed_predict.tiles(op, TABLE["h200"], m).fitting[0]
-        source, constants = PackedSwap(op, plan, facts(op, plan), native=True).write(), {}
+        writer = PackedSplit if plan.kind == "split" else PackedSwap
+        source, constants = writer(op, plan, facts(op, plan), native=True).write(), {}
         if m == 1:
             plan = packed_predict.gemv_plan(op)
             source = PackedGemv(op, plan, 132, 1024, native=True).write()
@@ -350,7 +381,8 @@ def compile_all() -> list[tuple[str, int]]:
 
 def test_kernels_compile_without_spilling():
     found = ahead_of_time.compile_all("test_quantised")
-    assert len(found) == 5 and not [kernel for kernel in found if kernel[1]]
+    assert {"split8", "tile128"} <= {kernel.split("_")[0] for kernel, _ in found}
+    assert len(found) == 7 and not [kernel for kernel in found if kernel[1]]
 
 
 def test_positions_that_meet_frequencies_are_no_codes():

@@ -21,6 +21,7 @@ from . import packed_predict
 from .matmul import Matmuls, interpreted, rows_of
 from .packed_gemv_source import PackedGemv
 from .packed_source import PackedSwap
+from .packed_split_source import PackedSplit
 from .plans import Plan
 from .pointwise import unsupported
 from .source import facts
@@ -167,7 +168,8 @@ def _layout(op: Matmuls) -> tuple[tuple[str, str], ...]:
 
 def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
     """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
-    source = PackedSwap(op, plan, facts(op, plan), native=native).write()
+    writer = PackedSplit if plan.kind == "split" else PackedSwap
+    source = writer(op, plan, facts(op, plan), native=native).write()
     x_stride, x = rows_of(builder, site.operands[0], int(op.k))
     constants = {
         "x_stride": x_stride, "N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k,
@@ -175,7 +177,8 @@ def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Sit
     rows = {"M": op.m} if source.runtime_m else {}
     columns = math.ceil(int(op.n) / plan.block_n)
     tiles = builder.ceil_div(op.m, plan.rows) if plan.kind == "tile" else 1
-    grid = tiles * columns if isinstance(tiles, int) else builder.call(operator.mul, tiles, columns)
+    programs = columns * plan.splits
+    grid = tiles * programs if isinstance(tiles, int) else builder.call(operator.mul, tiles, programs)
     return _launched(op, plan, source, grid, x, {**rows, **constants}, builder, site)
 
 
@@ -200,9 +203,14 @@ def _launched(
     for name, node in zip(source.tensors[1:], site.operands[1:], strict=False):  # the outputs come last
         stored = name[0] in "wsz" and name[1:].isdigit()
         operands.append(_aligned(builder, node) if stored else builder.contiguous(node))
+    written = ["partial"] if plan.splits > 1 else []
+    if plan.splits > 1:
+        blocks, device = int(op.whole.n) // plan.block_n, values[0].device
+        sums = blocks * plan.splits * op.whole.weights * plan.rows * plan.block_n
+        operands += [builder.empty([sums], torch.float32, device), builder.zeros(blocks, torch.int32, device)]
     arguments = dict(zip(source.tensors, [*operands, *outs], strict=True))
     launched = builder.triton(
-        load_kernel(source.text, source.name), [programs], {**arguments, **rest}, list(source.outputs),
+        load_kernel(source.text, source.name), [programs], {**arguments, **rest}, [*source.outputs, *written],
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
     made = tuple(launched[name] for name in source.outputs)

@@ -2,6 +2,7 @@
 
 gemv: seconds = start + bytes / bandwidth, in whole rounds of the programs that run at once
 swap: seconds = start + steps · step + bytes / rate + x once per block from L2
+split: seconds = start + steps of the programs on one multiprocessor · step, and more where they take rounds
 tile: seconds = start + rounds of the programs that run at once · steps · step
 
 The constants are measured (packed.json, with device, date and versions); they serve other machines until they have
@@ -33,6 +34,7 @@ Matmuls = MatmulFamily | MatmulGroup
 
 MOST_ROWS = 64  # of one program with all rows of x; beyond, tiles along M
 TILE = Plan("tile", 128, 64, 128, 4, 3)  # others were slower
+SPLIT_ROWS = 16
 SHORTEST = 64  # elements of K in a tile
 GEMV_ROWS = 4
 GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
@@ -73,15 +75,28 @@ def plans(op: MatmulFamily, rows: int) -> list[Plan]:
         whole = int(op.k) % block_k == 0 and all(block_k % g == 0 or g % block_k == 0 for g in groups)
         if whole:
             found.append(Plan("swap", padded, block_n, block_k, 2 if block_n < 64 else 4, stages))
-    return found
+    return found + _split_plans(op, padded)
+
+
+def _split_plans(op: MatmulFamily, padded: int) -> list[Plan]:
+    if padded > SPLIT_ROWS or not _as_measured(op) or int(op.n) % 64:
+        return []
+    steps, rest = divmod(int(op.k), 256)
+    wanted = [splits for splits in (1, 2, 4, 8) if not rest and not steps % splits and steps >= 2 * splits]
+    found = [Plan("split", padded, 64, 256, 2, 3, splits=splits) for splits in wanted]
+    return found + ([Plan("split", 16, 64, 512, 2, 3)] if padded == 16 and int(op.k) % 512 == 0 else [])
+
+
+def _as_measured(op: MatmulFamily) -> bool:
+    """Whether there is one weight in Q4_0, its codes and scales apart."""
+    packed = op.packed[0]
+    apart = packed.order == "halves" and packed.block == 16 and packed.scale is not None and packed.scale.group == 32
+    return op.weights == 1 and apart and not isinstance(packed.zero, PerGroup)
 
 
 def _untiled(op: MatmulFamily) -> str:
     """Why a weight is not multiplied in tiles along M; empty where it is."""
-    packed = op.packed[0]
-    scale = packed.scale
-    as_measured = packed.order == "halves" and packed.block == 16 and scale is not None and scale.group == 32
-    if op.weights > 1 or not as_measured or isinstance(packed.zero, PerGroup) or int(op.k) % TILE.block_k:
+    if not _as_measured(op) or int(op.k) % TILE.block_k:
         return (
             f"beyond {MOST_ROWS} rows one weight in Q4_0, its codes and scales apart (fc.ggml.split), is multiplied in "
             "tiles; any other is dequantised for the vendor's GEMM, which is faster there"
@@ -102,7 +117,7 @@ def gemv_plan(op: Matmuls) -> Plan | None:
     warps = max(1, blocks * block_n * weights * 16 // (32 * GEMV_BYTES))
     if rows > 1:
         digits = 1 if op.whole.q8_activations else 2
-        block_n = max(1, block_n // (2 if rows * digits <= 4 else 4))
+        block_n = max(1, block_n // (1 if rows * digits <= 2 else 2 if rows * digits <= 4 else 4))
     if any(int(part.n) % block_n for part in op.parts) or warps > GEMV_WARPS:
         return None
     return Plan("gemv", rows, block_n, blocks * 32, warps)
@@ -123,6 +138,8 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     """Predicted time of one launch of a tiled kernel."""
     if plan.kind == "tile":
         return _tile_seconds(op, plan, machine, rows)
+    if plan.kind == "split":
+        return _split_seconds(op, plan, machine)
     known = constants()["swap"]
     traffic = matmul_traffic(op)
     moved = float(sympy.sympify(traffic.bytes_read + traffic.bytes_written).subs(amount(op.m), rows))
@@ -138,13 +155,27 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     return float(machine.launch_overhead + slower * work)
 
 
+def _split_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:
+    known = constants()["split"]
+    programs = plan.programs(plan.rows, int(op.n))
+    rounds = math.ceil(programs / (known["per_sm"][str(plan.block_k)] * machine.num_sms))
+    steps = math.ceil(programs / machine.num_sms) * (int(op.k) // plan.block_k // plan.splits)
+    slower = TABLE["h200"].memory_bandwidth / machine.memory_bandwidth
+    walk = steps * known["step"][f"{plan.rows}x{plan.block_k}"] * slower
+    # two on a multiprocessor hide each other's waiting
+    walk *= known["alone"] if programs < 2 * machine.num_sms else 1.0
+    gathering = known["gather"] * plan.splits if plan.splits > 1 else 0.0
+    return float(machine.launch_overhead + known["start"] + gathering + (rounds - 1) * known["round"] + walk)
+
+
 def _tile_seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
     known = constants()["tile"]
-    rounds = math.ceil(plan.programs(rows, int(op.n)) / (known["per_sm"] * machine.num_sms))
-    steps = int(op.k) // plan.block_k
+    programs = plan.programs(rows, int(op.n))
+    together = min(len(known["step"]), math.ceil(programs / machine.num_sms))  # on one multiprocessor
+    steps = math.ceil(programs / (together * machine.num_sms)) * (int(op.k) // plan.block_k)
     # measured at the rate of this machine's matrix units; others take as much longer
     slower = TABLE["h200"].rate(op.dtype) / machine.rate(op.dtype)
-    return float(machine.launch_overhead + known["start"] + rounds * steps * known["step"] * slower)
+    return float(machine.launch_overhead + known["start"] + steps * known["step"][together - 1] * slower)
 
 
 def gemv_seconds(op: Matmuls, plan: Plan, machine: Machine) -> float:
@@ -159,7 +190,7 @@ def gemv_seconds(op: Matmuls, plan: Plan, machine: Machine) -> float:
     unaligned = known["unaligned"] if any(p.block != 16 for p in whole.packed) else 1.0
     start = known["start"] + (0.0 if whole.q8_activations else known["second_digit"])
     start += known["norm"] if whole.norm is not None else 0.0
-    start += known["row"] * (plan.rows - 1)
+    start += known["row"]["q8_1" if whole.q8_activations else "float"] * (plan.rows - 1)
     # programs of many warps wait for each other at the end of each tile
     per_byte = known["per_byte"][str(max(4, power_of_two(plan.num_warps)))]
     return float(start + machine.launch_overhead + per_byte * unaligned * memory)

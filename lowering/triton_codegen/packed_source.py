@@ -100,8 +100,8 @@ class PackedSwap(Swap):
 
     def step(self) -> None:
         if self.apart:
-            self.emit("i = tl.arange(0, BLOCK_K // 2)", "k = start + i // 16 * 32 + i % 16")
-            self.emit(f"y_low = {self.x('k')}", f"y_high = {self.x('(k + 16)')}")
+            self.emit("i = tl.arange(0, BLOCK_K // 2)")
+            self.x_parts()
         else:
             self.emit(f"i = tl.arange(0, BLOCK_K{'' if self.order == 'bytes' else ' // 2'})")
             self.emit("k = start + tl.arange(0, BLOCK_K)", f"y = {self.x('k')}")
@@ -120,6 +120,11 @@ class PackedSwap(Swap):
                     number = f"({number} - {packed.zero})"
                 scaled = f"{number} * s{i}_tile" if packed.scale and not self.of_rows(i) else number
                 self.emit(f"acc{i} = tl.dot({scaled}, tl.trans(y{side}), acc{i})")
+
+    def x_parts(self) -> None:
+        """The columns of x that low codes meet, and those of the high ones."""
+        self.emit("k = start + i // 16 * 32 + i % 16")
+        self.emit(f"y_low = {self.x('k')}", f"y_high = {self.x('(k + 16)')}")
 
     def of_rows(self, i: int) -> bool:
         """Whether all of a feature's codes have one scale, which then multiplies their sum."""
