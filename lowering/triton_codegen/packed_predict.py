@@ -163,7 +163,7 @@ def _split_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:
     slower = TABLE["h200"].memory_bandwidth / machine.memory_bandwidth
     walk = steps * known["step"][f"{plan.rows}x{plan.block_k}"] * slower
     # two on a multiprocessor hide each other's waiting
-    walk *= known["alone"] if programs < 2 * machine.num_sms else 1.0
+    walk *= known["alone"] if programs < known["together"] * machine.num_sms else 1.0
     gathering = known["gather"] * plan.splits if plan.splits > 1 else 0.0
     return float(machine.launch_overhead + known["start"] + gathering + (rounds - 1) * known["round"] + walk)
 
