@@ -101,8 +101,6 @@ def free_norms(monkeypatch):
 
 
 class Projections(torch.nn.Module):
-    """Three linears of unequal widths behind a norm, one with a bias."""
-
     def __init__(self, k: int = K, layer: bool = False) -> None:
         super().__init__()
         self.q, self.k, self.v = Split(k, 16), Split(k, 8), Split(k, 8, seed=1)
@@ -155,8 +153,6 @@ def test_linears_of_one_input_are_separate_kernels_for_more_rows():
 
 
 class Block(torch.nn.Module):
-    """A norm, a linear, an activation and a residual."""
-
     def __init__(self, k: int = 64) -> None:
         super().__init__()
         self.linear, self.norm = Split(k, k), torch.nn.RMSNorm(k, eps=1e-5)
