@@ -19,7 +19,7 @@ from ....cost.amounts import amount
 from ....fused import Attention, Codes, Layout, Pages, Site, Size, StoredAttention
 from ....machine import Machine
 from ....splice import load_kernel, same_sizes
-from ..matmul import float32_precision, imprecise
+from ..matmul import imprecise
 from . import predict
 from .operands import Axes, KernelSource, Operand, Operands, Plan, Table, as_stored, query_rows, row_tiles
 from .source import write
@@ -79,6 +79,8 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
     if reason := imprecise(op.dtype):
         return reason
+    if op.dtype == torch.float32 and machine.kind != "cuda":
+        return f"float32 is multiplied in three products of TF32, which Triton does not make for {machine.arch}"
     if not all(isinstance(amount(n), int) for n in (op.heads, op.kv_heads, op.q_len)):
         return "the numbers of heads and queries are symbolic: mark only batch and keys as dynamic"
     if query_rows(op) > MOST_ROWS:
@@ -179,7 +181,7 @@ def prepared(
         nodes["partial"] = builder.empty([*slots, op.v_dim], torch.float32, device)
         nodes["stats"] = builder.empty([*slots, 2], torch.float32, device)
         nodes["arrivals"] = builder.zeros(tiles, torch.int32, device)
-    source = write(op, plan, operands, float32_precision())
+    source = write(op, plan, operands)
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
 
 

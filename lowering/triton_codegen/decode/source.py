@@ -31,9 +31,9 @@ GATHERED_ELEMENTS = 512  # of the rows' results that the last program adds up at
 GATHERED_SPLITS = 16  # that it reads at a time
 
 
-def write(op: Attention, plan: Plan, operands: Operands, precision: str = "ieee") -> KernelSource:
+def write(op: Attention, plan: Plan, operands: Operands) -> KernelSource:
     """The kernel, for the grid (batch · kv_heads · row tiles, splits)."""
-    return _Split(op, plan, operands, precision).write()
+    return _Split(op, plan, operands).write()
 
 
 def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
@@ -45,9 +45,10 @@ def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
 class _Split(Writer):
     """Names: n over keys, d over columns of q and k, c over columns of v."""
 
-    def __init__(self, op: Attention, plan: Plan, operands: Operands, precision: str) -> None:
+    def __init__(self, op: Attention, plan: Plan, operands: Operands) -> None:
         super().__init__(op, plan, operands)
-        self.precision = precision
+        # one product of TF32 would cut operands off where eager's rounds them
+        self.precision = "tf32x3" if op.dtype == torch.float32 else "ieee"
         self.rows = query_rows(op)
         self.tiles = row_tiles(op, plan)
         self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype)
