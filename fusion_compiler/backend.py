@@ -115,7 +115,7 @@ def compile_step(
             if planned.chosen and options.remainder == "inductor":
                 check_device(gm, machine(options.machine) if options.machine else None)
             hold_ranges(gm, planned.judged)
-            splice_all(gm, planned.chosen, options)
+            report = _with_sources(report, splice_all(gm, planned.chosen, options))
         with _stage("compile"):
             compiled = finish()
     except StageError as error:
@@ -349,9 +349,13 @@ def hold_ranges(gm: GraphModule, judged: Sequence[Judged]) -> None:
         size_guards.require(fake_tensors.mode_of(gm), limit)
 
 
-def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> None:
-    """Carries out the chosen fusions in graph order, so that each reads what the ones before it left."""
+def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> list[tuple[Decision, str]]:
+    """Carries out the chosen fusions in graph order, so that each reads what the ones before it left.
+
+    Returns the source of each: what was generated, or the calls.
+    """
     moved: dict[Node, Node] = {}
+    sources: list[tuple[Decision, str]] = []
     for j in sorted(chosen, key=lambda j: j.site.output):
         assert j.candidate is not None, "only a kept verdict has no candidate"
         site = dataclasses.replace(j.site, operands=tuple(moved.get(n, n) for n in j.site.operands))
@@ -363,7 +367,15 @@ def splice_all(gm: GraphModule, chosen: Sequence[Judged], options: Options) -> N
                 name = f"{d.kernel} for {d.pattern} at {d.where}"
                 new = verify.compare(gm, part.output, new, d.verification.note, strict=options.strict, name=name)
             moved[part.output] = splice.replace(part, new)
+        sources.append((d, builder.source))
     splice.clean(gm)
+    return sources
+
+
+def _with_sources(report: Report, sources: Sequence[tuple[Decision, str]]) -> Report:
+    of = {id(decision): source for decision, source in sources}
+    decisions = (dataclasses.replace(d, source=of.get(id(d), "")) for d in report.decisions)
+    return dataclasses.replace(report, decisions=tuple(decisions))
 
 
 @contextmanager

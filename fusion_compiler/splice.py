@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from . import dependent_launch
 from .fused import Site
 from .torch_private import fake_tensors, kernel_nodes
-from .torch_private.source_files import module_from_source
+from .torch_private.source_files import module_from_source, source_of
 
 if TYPE_CHECKING:
     from .candidates import Candidate
@@ -49,18 +49,26 @@ class Builder:
         self.before = before
         self.origin = origin or before
         self.fake_mode = fake_tensors.mode_of(gm)
+        self.kernels: list[str] = []  # the sources of the generated ones
+        self.made: list[Node] = []
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """`target(*args, **kwargs)` as a node; SymInt arguments become nodes of the graph."""
         args, kwargs = torch.utils._pytree.tree_map_only(torch.SymInt, self.scalar, (args, kwargs))
         with self.gm.graph.inserting_before(self.before):
             node = self.gm.graph.call_function(target, args, kwargs)
+        self.made.append(node)
         node.meta.update({k: self.origin.meta[k] for k in PROVENANCE if k in self.origin.meta})
         value_args, value_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = self.value(target, *value_args, **value_kwargs)
         if isinstance(node.meta["val"], torch.Tensor):
             node.meta["tensor_meta"] = torch.fx.passes.shape_prop._extract_tensor_metadata(node.meta["val"])
         return node
+
+    @property
+    def source(self) -> str:
+        """What was generated; where that is nothing, the calls that were added."""
+        return "\n\n".join(dict.fromkeys(self.kernels)) or "\n".join(str(node.format_node()) for node in self.made)
 
     def value(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """What `target` gives on fake values."""
@@ -183,6 +191,7 @@ class Builder:
         # what a descriptor names is read by the copy engine, which knows no pointer that waits
         if not blocks and all(map(dependent_launch.supported, devices.values())):
             kernel = dependent_launch.waiting(kernel, list(devices))
+        self.kernels += filter(None, [source_of(kernel.fn)])
         entries = tuple(self.scalar(g) if isinstance(g, torch.SymInt) else g for g in grid)
         launch = self.call(
             kernel_nodes.KERNEL_NODE,

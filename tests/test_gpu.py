@@ -332,6 +332,7 @@ def test_a_package_names_the_generated_kernel(tmp_path: Any) -> None:
     assert decision.pattern == "gated_mlp"
     with zipfile.ZipFile(path) as package:
         held = [n for n in package.namelist() if n.endswith(".cpp")]
+        assert decision.source.count("def ") == 1
         name = decision.source.split("def ")[-1].split("(")[0].encode()
         assert any(name in package.read(n) for n in held), (name, held)
         assert any(n.endswith(".cubin") for n in package.namelist())
