@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +9,10 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-import fusion_compiler as fc
 from fusion_compiler import backend, report, splice
-from fusion_compiler.backend import fusion_compiler
 from fusion_compiler.candidates import Candidate, Traffic
 from fusion_compiler.config import OptionError
 from fusion_compiler.fused import Site
-from fusion_compiler.machine import TABLE
 from fusion_compiler.match import Match
 from fusion_compiler.report import Decision, Work
 
@@ -291,26 +287,3 @@ def test_the_losing_fusion_names_the_winner(monkeypatch: pytest.MonkeyPatch) -> 
     made = report.last_report()
     assert made is not None and [d.verdict for d in made.decisions] == ["kept", "fused"]
     assert "doubled_tanh at here takes some of the same nodes" in made.decisions[0].reason
-
-
-def test_a_decision_holds_the_source_of_what_runs() -> None:
-    def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        later = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
-        return torch.softmax((q @ k.mT * 0.125).masked_fill(later, float("-inf")), -1) @ v
-
-    dear = dataclasses.replace(TABLE["h200"], launch_overhead=1e-3)
-    for function, shapes, options, written in (
-        (mlp, ((2, 64), (96, 64), (96, 64)), {"machine": dear}, "@triton.jit\ndef linear2_swap("),
-        (attention, ((1, 8, 2048, 64),) * 3, {}, "aten._scaled_dot_product_flash_attention_for_cpu.default"),
-    ):
-        torch._dynamo.reset()
-        run = torch.compile(function, backend=fusion_compiler, options={"remainder": "eager", **options})
-        with torch.no_grad():
-            run(*(torch.randn(shape, dtype=torch.float16 if options else torch.float32) for shape in shapes))
-        made = fc.last_report()
-        assert made is not None
-        assert written in made.fused[0].source
-        assert not any(d.source for d in made.decisions if d.verdict == "kept")

@@ -12,9 +12,12 @@ import sympy
 import torch
 from small_graphs import calls, gated_mlp, traced
 
+import fusion_compiler as fc
 from fusion_compiler import report as reporting
+from fusion_compiler.backend import fusion_compiler
 from fusion_compiler.candidates import Traffic
 from fusion_compiler.cli import main
+from fusion_compiler.machine import TABLE
 from fusion_compiler.report import Decision, Failure, NearMiss, Option, Range, Report, Verification, Work, where
 from fusion_compiler.report_text import WIDTH, duration, size
 
@@ -226,3 +229,27 @@ def test_explain_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None
 def test_mistakes_are_named(target: str, machine: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", target, "--machine", machine]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_decision_holds_the_source_of_what_runs() -> None:
+    def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        later = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+        return torch.softmax((q @ k.mT * 0.125).masked_fill(later, float("-inf")), -1) @ v
+
+    dear = dataclasses.replace(TABLE["h200"], launch_overhead=1e-3)
+    for function, shapes, options, written in (
+        (mlp, ((2, 64), (96, 64), (96, 64)), {"machine": dear}, "@triton.jit\ndef linear2_swap("),
+        (attention, ((1, 8, 2048, 64),) * 3, {}, "aten._scaled_dot_product_flash_attention_for_cpu.default"),
+    ):
+        torch._dynamo.reset()
+        run = torch.compile(function, backend=fusion_compiler, options={"remainder": "eager", **options})
+        with torch.no_grad():
+            run(*(torch.randn(shape, dtype=torch.float16 if options else torch.float32) for shape in shapes))
+        made = fc.last_report()
+        assert made is not None
+        assert made.fused, str(made)
+        assert written in made.fused[0].source
+        assert not any(d.source for d in made.decisions if d.verdict == "kept")
