@@ -54,7 +54,7 @@ def test_the_sweep_of_the_matmul_family_merges_parts_and_tells_regret(tmp_path: 
     def row(m: int, ours: float, kernel: float) -> dict[str, Any]:
         return {
             "name": f"1B M={m}", "shape": "1B", "m": m, "dtype": "bfloat16", "floor": 15e-6, "predicted": 20e-6,
-            "verdict": "kept",
+            "verdict": "kept", "resources": {"registers": 168, "spills": 0, "shared": 98304},
             "seconds": {"inductor": 24e-6, "ours": ours}, "speedup": {},
             "kernels": [{"plan": "tile", "seconds": kernel}, {"plan": "refused", "seconds": 0.0}],
         }  # fmt: skip
@@ -64,5 +64,5 @@ def test_the_sweep_of_the_matmul_family_merges_parts_and_tells_regret(tmp_path: 
         part.write_text(json.dumps({"date": part.name, "rows": rows}))
     merged = tmp_path / "all.json"
     out = run("benchmarks.matmul_family", "--merge", *map(str, parts), "--json", str(merged))
-    assert "| 1.200 | kept |" in out and "regret ≤ 1.05 in 1 of 2 points" in out
+    assert "| 1.200 | kept | 168, 0, 98304 |" in out and "regret ≤ 1.05 in 1 of 2 points" in out
     assert [r["m"] for r in json.loads(merged.read_text())["rows"]] == [16, 64]
