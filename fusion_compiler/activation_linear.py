@@ -19,7 +19,7 @@ from .matmul_epilogue import Epilogue, Refused
 from .matmul_family import Family
 from .semantics import SemanticView
 from .shapes import extent
-from .sites import outputs_of, site_of
+from .sites import site_of
 
 PATTERN = "activation_linear"
 LONGEST = 32  # operations; a kernel repeats them in every block of columns
@@ -45,8 +45,7 @@ def _plain(view: SemanticView, linear: Value) -> Family | None:
     """The linear with the longest chain behind it that can be an epilogue; None behind a norm, which is better folded,
     and where it is part of something else."""
     for chain in chains(view, linear):
-        root = view.value(chain.root)
-        output = next((n for n in outputs_of(view, root) if n in chain.inside), None)
+        root, output = view.value(chain.root), chain.output(view)
         families = matmul_family.build(view, root, output, chain.border) if output is not None else ""
         if not isinstance(families, str):
             return families[0] if families[0].op.norm is None and not families[0].op.computed_from else None

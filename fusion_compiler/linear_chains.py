@@ -17,6 +17,7 @@ from .algebra import POINTWISE, Value
 from .cost.node_work import is_view
 from .semantics import SemanticView
 from .shapes import TRANSPARENT_DTYPES, count, shape_of
+from .sites import outputs_of
 
 LONGEST = 64  # nodes of a chain; a generated kernel would not profit from more
 NEARBY = 64  # values that are looked at to tell whether an operand is computed from the same input
@@ -30,6 +31,10 @@ class Chain:
     root: Node
     inside: frozenset[Node]
     border: frozenset[Value]
+
+    def output(self, view: SemanticView) -> Node | None:
+        """The node of the chain at which a fused op that computes its root may stand."""
+        return next((n for n in outputs_of(view, view.value(self.root)) if n in self.inside), None)
 
 
 def chains(view: SemanticView, linear: Value) -> list[Chain]:

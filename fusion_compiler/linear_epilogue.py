@@ -14,7 +14,6 @@ from .linear_chains import Chain, chains
 from .match import Match, NearMiss
 from .matmul_family import Family
 from .semantics import SemanticView
-from .sites import outputs_of
 
 PATTERN = "linear_epilogue"
 FUNCTIONS = frozenset(UNARY) - {"logical_not"}
@@ -45,8 +44,7 @@ def _match(view: SemanticView, behind: list[Chain]) -> Match | NearMiss | None:
     """The longest chain with an epilogue that a kernel can have; else why the longest cannot be one."""
     refused: NearMiss | None = None
     for chain in behind:
-        root = view.value(chain.root)
-        output = next((n for n in outputs_of(view, root) if n in chain.inside), None)
+        root, output = view.value(chain.root), chain.output(view)
         if output is None or root is chain.linear:
             continue
         families = matmul_family.build(view, root, output, chain.border)

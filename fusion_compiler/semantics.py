@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from .algebra import Algebra, Value
 from .raising import RULES
-from .shapes import Product, broadcast_groups, count, shape_of
+from .shapes import Product, broadcast_groups, shape_of
 
 
 class SemanticView:
@@ -71,12 +71,6 @@ class SemanticView:
                 terms = [self.operand(a, node) for a in node.args]
                 if None not in terms:
                     yield tuple(t for t in terms if t is not None)
-
-    def is_one_number(self, value: Value) -> bool:
-        """Whether a value is a number, or a tensor of one element."""
-        inner = value.args[0] if value.op == "bcast" else value
-        held = [n for n in self.nodes(inner) if isinstance(n.meta.get("val"), torch.Tensor)]
-        return inner.op == "const" or any(count(shape_of(n)) == 1 for n in held)
 
     # ---- raising ---------------------------------------------------------------------------
     def _raise(self, node: Node) -> Value:

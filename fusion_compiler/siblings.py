@@ -20,7 +20,7 @@ from .match import Match, NearMiss
 from .matmul_family import Family
 from .semantics import SemanticView
 from .shapes import extent
-from .sites import outputs_of, site_of
+from .sites import site_of
 
 PATTERN = "qkv_projection"
 MOST = 8  # results that are all written before the first is read; layers that share an encoder's output are more
@@ -97,8 +97,7 @@ def _stored(linear: _Linear) -> str:
 def _linear(view: SemanticView, linear: Value) -> _Linear | None:
     """The longest chain behind a linear that reads no tensor of the rows."""
     for chain in chains(view, linear):
-        root = view.value(chain.root)
-        output = next((n for n in outputs_of(view, root) if n in chain.inside), None)
+        root, output = view.value(chain.root), chain.output(view)
         families = matmul_family.build(view, root, output, chain.border) if output is not None else ""
         if not isinstance(families, str) and not families[-1].op.features and not any(_of_rows(families[-1])):
             return _Linear(tuple(families))

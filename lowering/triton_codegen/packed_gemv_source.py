@@ -17,7 +17,7 @@ from ...algebra import Value
 from ...fused import MatmulFamily, MatmulGroup
 from .plans import Plan
 from .pointwise import literal, print_pointwise
-from .writer import INDENT, KernelSource
+from .writer import INDENT, KernelSource, Parts
 
 _NATIVE = """@triton.jit
 def dot8(low, high, x_low, x_high):
@@ -58,7 +58,7 @@ def blocks_of(op: MatmulFamily) -> int:
     return 1 << (int(op.k) // 32 - 1).bit_length()
 
 
-class PackedGemv:
+class PackedGemv(Parts):
     """The text for a plan: `block_n` features per tile, in a grid of `programs`; rows of x lie `x_stride` apart."""
 
     def __init__(
@@ -73,24 +73,14 @@ class PackedGemv:
         self.lines: list[str] = []
         norm = self.op.norm
         held = [name for p in range(len(self.parts)) for name in self.read_by(p)]
-        self.outputs = tuple(f"out{p}" for p in range(len(self.parts))) if self.several else ("out",)
+        self.outputs = tuple(self.out(p) for p in range(len(self.parts)))
         before = [*(["norm_weight"] if norm and norm.has_weight else [])]
         before += ["norm_bias"] if norm and norm.has_bias else []
         self.tensors = ("x", *before, *held, *self.outputs)
 
-    @property
-    def several(self) -> bool:
-        return len(self.parts) > 1
-
-    def numbered(self, p: int, j: int) -> int:
-        """The number that the j-th extra of part p has among all extras."""
-        return sum(len(part.extras) for part in self.parts[:p]) + j
-
-    def read_by(self, p: int) -> list[str]:
-        """The names of the weights, scales and extras of part p."""
-        part = self.parts[p]
-        weights = [name for i in range(p, p + part.weights) for name in (f"w{i}", f"s{i}")]
-        return [*weights, *(f"extra{self.numbered(p, j)}" for j in range(len(part.extras)))]
+    def stored(self, i: int) -> tuple[str, ...]:
+        """Codes and scales."""
+        return f"w{i}", f"s{i}"
 
     def begin(self, p: int) -> int:
         """The place of part p's first feature in the walk over all of them."""

@@ -61,7 +61,34 @@ def statistics_block(op: MatmulFamily, plan: Plan) -> int:
     return min(1 << (int(op.k) - 1).bit_length(), max(16, STATISTICS_ELEMENTS * 32 * plan.num_warps // rows))
 
 
-class Writer:
+class Parts:
+    """What the arguments are called that the parts of an op read and write."""
+
+    parts: Sequence[MatmulFamily]
+
+    @property
+    def several(self) -> bool:
+        return len(self.parts) > 1
+
+    def numbered(self, p: int, j: int) -> int:
+        """The number that the j-th extra of part p has among all extras."""
+        return sum(len(part.extras) for part in self.parts[:p]) + j
+
+    def stored(self, i: int) -> tuple[str, ...]:
+        """The names of what the i-th of all weights is read from."""
+        return (f"w{i}",)
+
+    def read_by(self, p: int) -> list[str]:
+        """The names of what part p reads: weights, then extras."""
+        part = self.parts[p]
+        weights = [name for i in range(part.weights) for name in self.stored(p + i)]
+        return [*weights, *(f"extra{self.numbered(p, j)}" for j in range(len(part.extras)))]
+
+    def out(self, p: int) -> str:
+        return f"out{p}" if self.several else "out"
+
+
+class Writer(Parts):
     """What the kinds share: signature, indices, weights, extras."""
 
     axis = ""  # suffix that makes a vector over n broadcast against the accumulator
@@ -150,23 +177,6 @@ class Writer:
         return "BLOCK_K"
 
     # ---- several results --------------------------------------------------------------------
-    @property
-    def several(self) -> bool:
-        return len(self.parts) > 1
-
-    def numbered(self, p: int, j: int) -> int:
-        """The number that the j-th extra of part p has among all extras."""
-        return sum(len(part.extras) for part in self.parts[:p]) + j
-
-    def read_by(self, p: int) -> list[str]:
-        """The names of the weights and extras of part p."""
-        part = self.parts[p]
-        weights = [f"w{p + i}" for i in range(part.weights)]
-        return [*weights, *(f"extra{self.numbered(p, j)}" for j in range(len(part.extras)))]
-
-    def out(self, p: int) -> str:
-        return f"out{p}" if self.several else "out"
-
     def width(self, p: int) -> str:
         """Columns of a result."""
         return str(self.parts[p].n) if self.several else "N"
