@@ -273,6 +273,7 @@ class Row:
     error: dict[str, float] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # columns that were not tried, and why
     speedup: dict[str, float] = field(default_factory=dict)  # of "ours" over each other column
     floor: float | None = None
     predicted: float | None = None
@@ -293,8 +294,13 @@ def complain(where: str, problem: Exception) -> str:
 
 def measure(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any, rounds: int) -> Row:
     """Fill `row`: every column's error, memory and time on the same inputs."""
+    return prepared(row, columns, inputs, reference, rounds)()
+
+
+def prepared(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any, rounds: int) -> Callable[[], Row]:
+    """Fill `row` with every column's error and memory, and return what fills in the times."""
     device = next(a.device for a in inputs[0] if isinstance(a, torch.Tensor))
-    timers: dict[str, Callable[[], float]] = {}
+    works: dict[str, Call] = {}
     for name, fn in columns.items():
         try:
             row.error[name] = relative_error(fn(*inputs[0]), reference)
@@ -303,14 +309,24 @@ def measure(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any, 
             peak = peak_bytes(fn, inputs[0])
             if peak is not None:
                 row.peak[name] = peak
-            timers[name] = graph_timer(fn, inputs) if device.type == "cuda" else wall_timer(fn, inputs, device)
+            works[name] = fn
         except Exception as problem:  # the other columns are still worth having
             row.failures[name] = complain(f"{row.name}, {name}", problem)
-    samples = interleaved(timers, rounds)
-    row.seconds = {name: statistics.median(values) for name, values in samples.items()}
-    speedups = {name: ratio(samples, name, "ours") for name in samples if name != "ours"}
-    row.speedup = {name: value for name, value in speedups.items() if value is not None}
-    return row
+
+    def turn() -> Row:
+        timers: dict[str, Callable[[], float]] = {}
+        for name, fn in works.items():
+            try:
+                timers[name] = graph_timer(fn, inputs) if device.type == "cuda" else wall_timer(fn, inputs, device)
+            except Exception as problem:
+                row.failures[name] = complain(f"{row.name}, {name}", problem)
+        samples = interleaved(timers, rounds)
+        row.seconds = {name: statistics.median(values) for name, values in samples.items()}
+        speedups = {name: ratio(samples, name, "ours") for name in samples if name != "ours"}
+        row.speedup = {name: value for name, value in speedups.items() if value is not None}
+        return row
+
+    return turn
 
 
 def compare(

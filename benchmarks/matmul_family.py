@@ -16,23 +16,15 @@ among them alone on the device.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
-import multiprocessing
-import os
 import statistics
-import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch._inductor.config
 from torch import Tensor
 
@@ -44,13 +36,12 @@ from fusion_compiler.lowering.triton_codegen import matmul
 from fusion_compiler.lowering.triton_codegen.plans import Plan
 from fusion_compiler.machine import machine
 
-from . import harness
+from . import harness, parts
 from .gated_mlp import EPS, gated_mlp
 from .matmul_kernels import SWIGLU, Variant, compiled, launcher
 
 SHAPES = {"1B": (2048, 8192), "8B": (4096, 14336), "70B/8": (8192, 3584)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "triton.compiler")
 REGRET = 1.05
 ROUNDS = 15
 
@@ -97,30 +88,9 @@ def norm_only(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
-# ---- some points, in a process of their own -----------------------------------------------------------------------
-def work(points: Sequence[Point], args: argparse.Namespace, pipe: Connection) -> None:
-    """Prepares its points, waits for its turn, measures one after the other and sends the figures (or what failed)."""
-    turns: dict[Point, Callable[[], dict[str, Any]]] = {}
-    # every point adds a specialisation of the same function, none of which may fall back to eager
-    torch._dynamo.config.recompile_limit = 8 * len(points)
+# ---- one point ----------------------------------------------------------------------------------------------------
+def prepare(args: argparse.Namespace, point: Point) -> Callable[[], dict[str, Any]]:
     torch.set_float32_matmul_precision("high")
-    with torch.no_grad():
-        for point in points:
-            try:
-                turns[point] = prepare(point, args)
-            except Exception:
-                pipe.send(f"{point.name}: {traceback.format_exc()[-1500:]}")
-        pipe.send(None)
-        pipe.recv()
-        for point, turn in turns.items():
-            try:
-                pipe.send(turn())
-            except Exception:
-                pipe.send(f"{point.name}: {traceback.format_exc()[-1500:]}")
-    pipe.send(None)
-
-
-def prepare(point: Point, args: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     k, n = SHAPES[point.shape]
     device, dtype = torch.device("cuda"), point.dtype
     torch.manual_seed(0)
@@ -216,45 +186,13 @@ def prepared(
 
 # ---- all points -------------------------------------------------------------------------------------------------
 def sweep(points: Sequence[Point], args: argparse.Namespace) -> list[dict[str, Any]]:
-    # modules are imported once; whether there is a device must be asked such that forked processes can still use it
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["benchmarks.matmul_kernels", *COMPILERS])
-    running, rows = [], list[dict[str, Any]]()
-    jobs, args.began = min(args.jobs, len(points)), time.time()
-    # several processes compile already; a pool in each of them would only get in the way
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    for first in range(jobs):
-        ours, theirs = processes.Pipe()
-        process = processes.Process(target=work, args=(points[first::jobs], args, theirs), daemon=True)
-        process.name = ", ".join(point.name for point in points[first::jobs])
-        process.start()
-        running.append((ours, process))
-    prepared = [(pipe, process) for pipe, process in running if ready(pipe, process, args.began + args.seconds)]
-    print(f"prepared in {time.time() - args.began:.0f} s", file=sys.stderr, flush=True)
-    for pipe, process in prepared:
-        pipe.send("your turn")
-        for figures in iter(pipe.recv, None):
-            if isinstance(figures, dict):
-                rows.append(figures)
-                print(line(figures), flush=True)
-                harness.write_json(args.json, torch.device("cuda"), rows)
-            else:
-                print(figures, file=sys.stderr, flush=True)
-        process.join()
+    rows = []
+    preparing = functools.partial(prepare, args)
+    for row in parts.measured(points, preparing, args.jobs, args.seconds, ["benchmarks.matmul_kernels"]):
+        rows.append(row)
+        print(line(row), flush=True)
+        harness.write_json(args.json, torch.device("cuda"), rows)
     return rows
-
-
-def ready(pipe: Connection, process: BaseProcess, until: float) -> bool:
-    """Whether a process has prepared its points by then; if not, it is ended, since it would disturb the others."""
-    while pipe.poll(None if until == math.inf else max(0.0, until - time.time())):
-        problem = pipe.recv()
-        if problem is None:
-            return True
-        print(problem, file=sys.stderr, flush=True)
-    print(f"{process.name}: not prepared in time", file=sys.stderr, flush=True)
-    process.terminate()
-    return False
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
@@ -325,22 +263,17 @@ def main() -> None:
     parser.add_argument("--m", default=",".join(map(str, ROWS)), help="values of M (default %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--tuned", default="2,16,64,256,1024", help="M with --max-autotune (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="give up points that are not prepared by then")
+    parser.add_argument("--jobs", type=int, default=8, help=parts.JOBS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help=parts.SECONDS)
     parser.add_argument("--plans", type=int, default=4, help="generated kernels to time, of each kind (default 4)")
-    parser.add_argument("--merge", nargs="+", type=Path, help="read figures measured before instead of measuring")
+    parser.add_argument("--merge", nargs="+", type=Path, help=parts.MERGE)
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the times over the floor")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     points = {p.name: p for p in (Point(s, int(m), dtype) for m in args.m.split(",") for s in args.shapes.split(","))}
     if args.merge:
-        parts = [json.loads(path.read_text()) for path in args.merge]
-        known = {row["name"]: {**row, "part": i} for i, part in enumerate(parts) for row in part["rows"]}
         order = list(SHAPES)
-        rows = sorted(known.values(), key=lambda row: (row["dtype"], order.index(row["shape"]), row["m"]))
-        if args.json:
-            measured = [{key: part[key] for key in part if key != "rows"} for part in parts]
-            args.json.write_text(json.dumps({"parts": measured, "rows": rows}, indent=1) + "\n")
+        rows = parts.merged(args.merge, lambda row: (row["dtype"], order.index(row["shape"]), row["m"]), args.json)
     elif torch.cuda.is_available():
         rows = sweep([points[name] for name in harness.chosen(list(points), args.only)], args)
     else:

@@ -50,6 +50,19 @@ def test_benchmarks_print_a_table_and_write_their_figures(table: str, tmp_path: 
     assert stored["date"] and "commit" in stored and table in stored["command"]
 
 
+def test_attention_is_prepared_in_other_processes_and_merged(tmp_path: Path) -> None:
+    part, old, merged = tmp_path / "part.json", tmp_path / "old.json", tmp_path / "all.json"
+    run("benchmarks.attention", "--tiny", "--device", "cpu", "--jobs", "2", "--only", "softcap", "--json", str(part))
+    (row,) = json.loads(part.read_text())["rows"]
+    assert row["name"].endswith("softcap") and row["seconds"]["ours"] > 0
+    other = {**row, "name": row["name"].replace("softcap", "plain")}
+    old.write_text(json.dumps({"date": "before", "rows": [{**row, "seconds": {}}, other]}))
+    out = run("benchmarks.attention", "--tiny", "--merge", str(old), str(part), "--json", str(merged))
+    rows = json.loads(merged.read_text())["rows"]
+    assert [(r["name"], r["part"]) for r in rows] == [(other["name"], 0), (row["name"], 1)]
+    assert rows[1]["seconds"] == row["seconds"] and all(r["name"] in out for r in rows)
+
+
 def test_the_sweep_of_the_matmul_family_merges_parts_and_tells_regret(tmp_path: Path) -> None:
     def row(m: int, ours: float, kernel: float) -> dict[str, Any]:
         return {

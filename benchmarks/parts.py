@@ -1,0 +1,106 @@
+"""Tables made in parts: rows that several processes prepare at the same time and measure one after the other, each
+alone on the device (compiling takes far longer than measuring), and figures of several runs put together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+
+COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "triton.compiler")
+
+JOBS = "processes that prepare rows (default %(default)s)"
+SECONDS = "give up rows that are not prepared by then"
+MERGE = "read figures measured before, in as many files as there were parts, instead of measuring"
+
+# What prepares an item, which has a name, and returns the function that measures it; it travels to other processes.
+Prepare = Callable[[Any], Callable[[], dict[str, Any]]]
+
+
+def measured(
+    items: Sequence[Any], prepare: Prepare, jobs: int, seconds: float = math.inf, preload: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """The figures of all items, of which `jobs` processes prepare a part each; a part that takes longer than `seconds`
+    to prepare is given up. `preload` names modules that are imported once for all."""
+    # whether there is a device must be asked such that forked processes can still use it
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    # several processes compile already; a pool in each of them would only get in the way
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([*preload, *COMPILERS])
+    jobs, began, running = min(jobs, len(items)), time.time(), []
+    for first in range(jobs):
+        ours, theirs = processes.Pipe()
+        process = processes.Process(target=_work, args=(items[first::jobs], prepare, theirs), daemon=True)
+        process.name = ", ".join(item.name for item in items[first::jobs])
+        process.start()
+        running.append((ours, process))
+    prepared = [(pipe, process) for pipe, process in running if _ready(pipe, process, began + seconds)]
+    print(f"prepared in {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+    for pipe, process in prepared:
+        pipe.send("your turn")
+        for figures in iter(pipe.recv, None):
+            if isinstance(figures, dict):
+                yield figures
+            else:
+                print(figures, file=sys.stderr, flush=True)
+        process.join()
+
+
+def _work(items: Sequence[Any], prepare: Prepare, pipe: Connection) -> None:
+    """Prepares its items, waits for its turn, measures one after the other and sends the figures (or what failed)."""
+    turns: dict[Any, Callable[[], dict[str, Any]]] = {}
+    # every item adds a specialisation of the same function, none of which may fall back to eager
+    torch._dynamo.config.recompile_limit = 8 * len(items)
+    with torch.no_grad():
+        for item in items:
+            try:
+                turns[item] = prepare(item)
+            except Exception:
+                pipe.send(f"{item.name}: {traceback.format_exc()[-1500:]}")
+            torch.cuda.empty_cache()  # the device is shared with the other processes
+        pipe.send(None)
+        pipe.recv()
+        for item, turn in turns.items():
+            try:
+                pipe.send(turn())
+            except Exception:
+                pipe.send(f"{item.name}: {traceback.format_exc()[-1500:]}")
+    pipe.send(None)
+
+
+def _ready(pipe: Connection, process: BaseProcess, until: float) -> bool:
+    """Whether a process has prepared its items by then; if not, it is ended, since it would disturb the others."""
+    while pipe.poll(None if until == math.inf else max(0.0, until - time.time())):
+        problem = pipe.recv()
+        if problem is None:
+            return True
+        print(problem, file=sys.stderr, flush=True)
+    print(f"{process.name}: not prepared in time", file=sys.stderr, flush=True)
+    process.terminate()
+    return False
+
+
+def merged(parts: Sequence[Path], order: Callable[[dict[str, Any]], Any], into: Path | None) -> list[dict[str, Any]]:
+    """The rows of several files, each of its last file; written with the provenance of every file, which rows tell by
+    its number."""
+    read = [json.loads(path.read_text()) for path in parts]
+    known = {row["name"]: {**row, "part": i} for i, part in enumerate(read) for row in part["rows"]}
+    rows = sorted(known.values(), key=order)
+    if into is not None:
+        measured = [{key: part[key] for key in part if key != "rows"} for part in read]
+        into.write_text(json.dumps({"parts": measured, "rows": rows}, indent=1) + "\n")
+    return rows
