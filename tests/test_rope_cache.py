@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ahead_of_time
@@ -180,8 +181,7 @@ def compile_all() -> None:
     op = RopeCache(4, 32, 8, 1, 1024, 128, 128, ("values", "out", "keys"), torch.bfloat16, q_norm=norm, k_norm=norm)
     reading = rope_cache.Reading(rows, rows, rows, (0, 0, 64, 1), (0, 0, 64, 1), rows, rows, rows, halves=True)
     tensors = dict.fromkeys(rope_cache.argument_names(op), torch.bfloat16) | {"index": torch.int64}
-    for target in (("cuda", 90, 32), ("hip", "gfx942", 64)):
-        made = compile_text(
-            rope_cache.write(op, reading), rope_cache.NAME, tensors, [], {}, GPUTarget(*target), num_warps=4
-        )
+    for turned, *target in ((0, "cuda", 90, 32), (0, "hip", "gfx942", 64), (32, "cuda", 90, 32)):
+        text = rope_cache.write(replace(op, rotary=turned), reading)
+        made = compile_text(text, rope_cache.NAME, tensors, [], {}, GPUTarget(*target), num_warps=4)
         assert resources(made).spills == 0

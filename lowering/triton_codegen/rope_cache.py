@@ -156,11 +156,11 @@ class _Writer:
         self.emit("else:")
         self.level += 1
         width = _power_of_two(op.v_dim)
-        inside = "" if width == op.v_dim else f" & (c < {op.v_dim})"
-        self.emit(f"c = tl.arange(0, {width})[None, :]")
+        inside = "" if width == op.v_dim else f" & (column < {op.v_dim})"
+        self.emit(f"column = tl.arange(0, {width})[None, :]")
         head = f"(head - {op.heads + op.kv_heads})"
-        source = self.place("v", r.v, head=head, row="token", column="c")
-        target = self.place("values", r.values, head=head, row="at", column="c")
+        source = self.place("v", r.v, head=head, row="token", column="column")
+        target = self.place("values", r.values, head=head, row="at", column="column")
         self.emit(f"tl.store({target}, tl.load({source}, mask=row_in{inside}), mask=held{inside})")
         head_lines = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {NAME}("]
         return "\n".join([*head_lines, *(f"    {a}," for a in argument_names(op)), "):", *self.lines]) + "\n"
