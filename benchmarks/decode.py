@@ -43,6 +43,7 @@ from fusion_compiler.machine import TABLE
 from fusion_compiler.splice import load_kernel
 
 from . import harness
+from .provenance import provenance
 
 MACHINE = TABLE["h200"]
 POSITION = torch.int64
@@ -379,7 +380,7 @@ def main() -> None:
     for case in (c for c in cases if not args.only or args.only in c.name):
         results.append(measure(case, list(sweep(case)) if args.sweep else [chosen(case)]))
         if args.json:
-            args.json.write_text(json.dumps({**harness.provenance(torch.device("cuda")), "results": results}))
+            args.json.write_text(json.dumps({**provenance(torch.device("cuda")), "results": results}))
         print(_row(results[-1], 4), flush=True)
         torch.cuda.empty_cache()
     if args.plot:

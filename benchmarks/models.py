@@ -29,7 +29,7 @@ import torch
 
 import fusion_compiler as fc
 
-from . import harness
+from .provenance import provenance
 
 # the models are those of the tests
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -83,7 +83,7 @@ def write(file: Path, rows: list[Row]) -> None:
     merged = {(row["model"], row["call"]): row for row in (*known, *rows)}
     order = list(model_zoo.EVERY)
     ordered = sorted(merged.values(), key=lambda row: order.index(row["model"]))
-    found = {**harness.provenance(torch.device("cpu")), "rows": ordered}
+    found = {**provenance(torch.device("cpu")), "rows": ordered}
     file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -65,7 +65,8 @@ def test_rows_that_see_nothing() -> None:
 
 
 @pytest.mark.usefixtures("_cuda")
-def test_the_logarithm_of_sums() -> None:
+def test_the_logarithm_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")  # float32 is not served without
     for function in (statistics.beside, statistics.subtracted, statistics.nothing_seen, statistics.heads_inside):
         statistics.test_numbers(function)
 
