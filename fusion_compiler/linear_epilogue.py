@@ -10,9 +10,11 @@ from collections.abc import Iterator
 
 from . import matmul_family
 from .algebra import UNARY
+from .cost.node_work import SCALED, name_of, readers_of
 from .linear_chains import Chain, chains
 from .match import Match, NearMiss
 from .matmul_family import Family
+from .row_reduction import is_pointwise
 from .semantics import SemanticView
 
 PATTERN = "linear_epilogue"
@@ -20,6 +22,12 @@ FUNCTIONS = frozenset(UNARY) - {"logical_not"}
 READ_ELSEWHERE = (
     "what the linear gives is also read by {}, so it must be written all the same, and nothing is saved where the "
     "operations behind it share its kernel"
+)
+SCALED_PRODUCT = (
+    "{} multiplies {} activations with {} weights in the library, whose kernel scales the product and adds a bias but "
+    "nothing else, and the generated kernels multiply 16 and 32 bits: it stays as it is, and what is done with its "
+    "result is one kernel of Inductor's. With few rows the weights are the cost: a linear of 16-bit activations and "
+    "weights that the graph dequantises reads as many bytes, and its epilogue is fused"
 )
 
 
@@ -37,7 +45,7 @@ def find_linear_epilogue(view: SemanticView) -> tuple[list[Match], list[NearMiss
             near_misses.append(found)
         else:
             near_misses += _read_elsewhere(view, behind[0])
-    return matches, near_misses
+    return matches, near_misses + list(_scaled_products(view))
 
 
 def _match(view: SemanticView, behind: list[Chain]) -> Match | NearMiss | None:
@@ -78,3 +86,11 @@ def _read_elsewhere(view: SemanticView, alone: Chain) -> Iterator[NearMiss]:
         others = [r for r in readers if r is not node]
         if others and view.value(node).op in FUNCTIONS:
             yield NearMiss(PATTERN, node, READ_ELSEWHERE.format(others[0].name), node)
+
+
+def _scaled_products(view: SemanticView) -> Iterator[NearMiss]:
+    """Products of 8-bit operands with something pointwise behind them."""
+    for node in view.graph_module.graph.nodes:
+        if node.op == "call_function" and name_of(node) in SCALED and any(map(is_pointwise, readers_of(node))):
+            x, w = (str(n.meta["val"].dtype).removeprefix("torch.") for n in node.all_input_nodes[:2])
+            yield NearMiss(PATTERN, node, SCALED_PRODUCT.format(f"aten.{name_of(node)}", x, w), node)

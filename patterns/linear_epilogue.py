@@ -46,6 +46,15 @@ def read_elsewhere(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> tupl
     return F.silu(h), h
 
 
+def scaled_float8(x: Tensor, w: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+    return torch._scaled_mm(x, w.T, scale, scale, out_dtype=torch.bfloat16) + residual
+
+
+def _float8() -> tuple[Tensor, ...]:
+    x, w = (torch.randn(n, 32).to(torch.float8_e4m3fn) for n in (16, 48))
+    return x, w, torch.tensor(0.5), torch.randn(16, 48, dtype=torch.bfloat16)
+
+
 def _tensors(rows: int = 3) -> tuple[Tensor, ...]:
     return torch.randn(rows, 8), torch.randn(12, 8), torch.randn(12), torch.randn(rows, 12)
 
@@ -62,5 +71,6 @@ linear_epilogue = RecognisedPattern(
         Example(_tensors, bent),
         Example(_tensors, clamped_gate),
         Example(_tensors, read_elsewhere, refused="also read by"),
+        Example(_float8, scaled_float8, refused="float8_e4m3fn activations"),
     ),
 )

@@ -14,7 +14,8 @@ from ..candidates import Amount
 from ..splice import same_strides
 from .amounts import amount, is_symbolic, product
 
-MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+SCALED = frozenset({"_scaled_mm", "_scaled_mm_v2"})  # of 8 bits, scaled by the library
+MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm"}) | SCALED
 VIEWS = frozenset(
     "view reshape permute expand unsqueeze squeeze transpose t slice select alias detach as_strided getitem split "
     "split_with_sizes chunk unbind _unsafe_view view_as lift_fresh_copy diagonal view_as_complex view_as_real".split()
@@ -161,7 +162,8 @@ def written_bytes(node: Node) -> Amount:
 
 def matmul_sizes(node: Node) -> tuple[Amount, Amount, Amount, Amount, torch.dtype]:
     """(batch, M, N, K, dtype of the operands)."""
-    a, b = (x.meta["val"] for x in node.args[-2:] if isinstance(x, Node))
+    operands = node.args[:2] if name_of(node) in SCALED else node.args[-2:]
+    a, b = (x.meta["val"] for x in operands if isinstance(x, Node))
     *batch, m, k = a.shape
     return product(batch), amount(m), amount(b.shape[-1]), amount(k), a.dtype
 
