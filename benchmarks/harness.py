@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -246,12 +247,18 @@ def measure(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any, 
     return prepared(row, columns, inputs, reference, rounds)()
 
 
-def prepared(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any, rounds: int) -> Callable[[], Row]:
-    """Fill `row` with every column's error and memory, and return what fills in the times."""
+def prepared(
+    row: Row, columns: Mapping[str, Call], inputs: Inputs, reference: Any, rounds: int,
+    late: Mapping[str, Callable[[], Call]] = MappingProxyType({}),
+) -> Callable[[], Row]:  # fmt: skip
+    """Fill `row` with every column's error and memory, and return what fills in the times; `late` makes columns that
+    want the device for themselves already when they are made."""
     device = next(a.device for a in inputs[0] if isinstance(a, torch.Tensor))
     works: dict[str, Call] = {}
-    for name, fn in columns.items():
+
+    def check(name: str, fn: Call, *, made: bool = True) -> None:
         try:
+            fn = fn if made else fn()
             row.error[name] = relative_error(fn(*inputs[0]), reference)
             if name == "ours":
                 row.predicted, row.verdict = predicted()
@@ -262,7 +269,12 @@ def prepared(row: Row, columns: dict[str, Call], inputs: Inputs, reference: Any,
         except Exception as problem:  # the other columns are still worth having
             row.failures[name] = complain(f"{row.name}, {name}", problem)
 
+    for name, fn in columns.items():
+        check(name, fn)
+
     def turn() -> Row:
+        for name, make in late.items():
+            check(name, make, made=False)
         timers: dict[str, Callable[[], float]] = {}
         for name, fn in works.items():
             try:
@@ -340,16 +352,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def row_table(rows: Sequence[Row]) -> str:
     """µs per column, then what the cost model said beside what was measured."""
     columns = list(dict.fromkeys(name for row in rows for name in (*row.seconds, *row.failures)))
-    header = ["µs", *columns, "floor", "predicted", "ours/floor", "vs inductor", "error/eager's", "verdict"]
+    rivals = [c for c in ("inductor", "max-autotune") if c in columns]
+    header = ["µs", *columns, "floor", "predicted", "ours/floor", *(f"vs {c}" for c in rivals)]
+    header += ["error/eager's", "verdict"]
     lines = []
     for row in rows:
         times = ["failed" if c in row.failures else microseconds(row.seconds.get(c)) for c in columns]
         ours = row.seconds.get("ours")
         over_floor = f"{ours / row.floor:.2f}" if ours and row.floor else "–"
-        faster = f"{row.speedup['inductor']:.2f}×" if "inductor" in row.speedup else "–"
+        faster = [f"{row.speedup[c]:.2f}×" if c in row.speedup else "–" for c in rivals]
         error = row.error_ratio()
         lines.append(
-            [row.name, *times, microseconds(row.floor), microseconds(row.predicted), over_floor, faster]
+            [row.name, *times, microseconds(row.floor), microseconds(row.predicted), over_floor, *faster]
             + ["–" if error is None else f"{error:.2f}", row.verdict or "–"]
         )
     return markdown(header, lines)

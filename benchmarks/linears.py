@@ -4,26 +4,26 @@ of one input; weights in float8.
 python -m benchmarks.linears                                    every case at 1 and 16 rows
 python -m benchmarks.linears --rows 1,4,16,64 --only qkv --max-autotune --json figures.json
 
-Shapes are those of Llama 1B and 8B, where these linears are. On a GPU every row is compiled in a process of its own,
-all at the same time; then they measure one after the other.
+Shapes are those of Llama 1B and 8B, where these linears are. On a GPU several processes compile the rows at the same
+time; then they measure one after the other. max-autotune is compiled twice: with the others, to have its kernels, and
+in its turn, to choose among them alone on the device.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
-import traceback
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import harness
+from . import harness, parts
 
 EPS = 1e-5
 
@@ -58,10 +58,15 @@ def gelu(x: Tensor, norm: Tensor, w: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    function: Callable[..., Any]
+    function: FunctionType
     k: int
     widths: tuple[int, ...]
     stored: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str  # of a row
 
 
 CASES = {
@@ -78,7 +83,7 @@ CASES = {
 }
 
 
-def place(name: str, args: argparse.Namespace) -> tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]], float]:
+def place(name: str, args: argparse.Namespace) -> tuple[FunctionType, Callable[[], tuple[Tensor, ...]], float]:
     """(what is computed, what makes its inputs, the least time) of a row."""
     case, m = CASES[name.rsplit(" M=", 1)[0]], int(name.rsplit("=", 1)[1])
     k, widths = (64, (64,) * len(case.widths)) if args.tiny else (case.k, case.widths)
@@ -96,50 +101,34 @@ def place(name: str, args: argparse.Namespace) -> tuple[Callable[..., Any], Call
     return case.function, make, harness.floor_seconds(moved, 2 * m * k * features, dtype)
 
 
-def work(name: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """Compiles, waits for its turn, measures, sends the figures (or what went wrong)."""
-    try:
-        with torch.no_grad():
-            torch.manual_seed(0)
-            function, make, floor = place(name, args)
-            inputs = harness.rotated(make, torch.device(args.device))
-            columns = harness.standard_columns(function, args.max_autotune)
-            for column in columns.values():
-                with contextlib.suppress(Exception):  # met again, and recorded, when measuring
-                    column(*inputs[0])
-            pipe.send(None)
-            pipe.recv()
-            reference = function(*(t.float() for t in inputs[0]))
-            row = harness.Row(name, floor=floor)
-            pipe.send(harness.measure(row, columns, inputs, reference, args.rounds))
-    except Exception:
-        pipe.send(f"{name}: {traceback.format_exc()[-1500:]}")
+def prepare(args: argparse.Namespace, item: Item) -> Callable[[], dict[str, Any]]:
+    torch.manual_seed(0)
+    function, make, floor = place(item.name, args)
+    inputs = harness.rotated(make, torch.device(args.device))
+    late = {}
+    if args.max_autotune:
+        late["max-autotune"] = functools.partial(parts.tuned, function, inputs[0])
+        parts.tuned(function, inputs[0])
+    reference = function(*(t.float() for t in inputs[0]))
+    row, columns = harness.Row(item.name, floor=floor), harness.standard_columns(function)
+    turn = harness.prepared(row, columns, inputs, reference, args.rounds, late)
+    return lambda: asdict(turn())
 
 
-def in_turn(names: list[str], args: argparse.Namespace) -> list[harness.Row]:
-    """Every row from a process of its own."""
-    spawn, running, rows = multiprocessing.get_context("spawn"), [], []
-    for name in names:
-        ours, theirs = spawn.Pipe()
-        spawn.Process(target=work, args=(name, args, theirs), daemon=True).start()
-        running.append(ours)
-    ready = [(pipe, pipe.recv()) for pipe in running]
-    for pipe, problem in ready:
-        if problem is None:
-            pipe.send("your turn")
-            problem = pipe.recv()
-        if isinstance(problem, harness.Row):
-            rows.append(problem)
-            harness.write_json(args.json, torch.device(args.device), [asdict(row) for row in rows])
-            print(harness.row_table([problem]).splitlines()[-1], flush=True)
-        else:
-            print(problem, flush=True)
+def in_turn(names: Sequence[str], args: argparse.Namespace) -> list[harness.Row]:
+    rows: list[harness.Row] = []
+    for figures in parts.measured([*map(Item, names)], functools.partial(prepare, args), args.jobs, args.seconds):
+        rows.append(harness.Row(**figures))
+        harness.write_json(args.json, torch.device(args.device), [asdict(row) for row in rows])
+        print(harness.row_table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
 
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=15)
     parser.add_argument("--rows", default="16,1", help="values of M (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=10, help=parts.JOBS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help=parts.SECONDS)
     args = parser.parse_args()
     names = [f"{case} M={m}" for m in args.rows.split(",") for case in CASES]
     names = list(harness.chosen(names, args.only))

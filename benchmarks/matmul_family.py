@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 
 import fusion_compiler
@@ -109,7 +108,7 @@ def prepare(args: argparse.Namespace, point: Point) -> Callable[[], dict[str, An
     columns["ours"] = harness.compiled(gated_mlp, "fusion_compiler")
     tuned = args.max_autotune and point.m in map(int, args.tuned.split(","))
     if tuned:
-        tune(gated_mlp, inputs[0])
+        parts.tuned(gated_mlp, inputs[0])
     for name, fn in columns.items():
         row.error[name] = harness.relative_error(fn(*inputs[0]), reference)
     report = fusion_compiler.last_report()
@@ -122,7 +121,7 @@ def prepare(args: argparse.Namespace, point: Point) -> Callable[[], dict[str, An
 
     def turn() -> dict[str, Any]:
         if tuned:
-            columns["max-autotune"] = tune(tuned_alone, inputs[0])
+            columns["max-autotune"] = parts.tuned(gated_mlp, inputs[0])
             row.error["max-autotune"] = harness.relative_error(columns["max-autotune"](*inputs[0]), reference)
         timers = {name: harness.graph_timer(fn, inputs) for name, fn in columns.items()}
         for kernel, call in kernels:
@@ -140,19 +139,6 @@ def prepare(args: argparse.Namespace, point: Point) -> Callable[[], dict[str, An
         return {**asdict(row), **place, "kernels": [asdict(kernel) for kernel, _ in kernels]}
 
     return turn
-
-
-def tune(fn: harness.Call, inputs: tuple[Any, ...]) -> harness.Call:
-    """`fn` under max-autotune, with the choices made now: none comes from a run before."""
-    run = harness.compiled(fn, "inductor", mode="max-autotune-no-cudagraphs")
-    with torch._inductor.config.patch(fx_graph_cache=False, autotune_local_cache=False):
-        run(*inputs)
-    return run
-
-
-def tuned_alone(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """A function of its own, because Dynamo would find the one compiled before."""
-    return gated_mlp(x, norm, gate, up)
 
 
 def contenders(point: Point, most: int) -> list[tuple[bool, Plan]]:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -19,6 +20,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor.config
+
+from . import harness
 
 COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "triton.compiler")
 
@@ -104,3 +108,14 @@ def merged(parts: Sequence[Path], order: Callable[[dict[str, Any]], Any], into: 
         measured = [{key: part[key] for key in part if key != "rows"} for part in read]
         into.write_text(json.dumps({"parts": measured, "rows": rows}, indent=1) + "\n")
     return rows
+
+
+def tuned(fn: types.FunctionType, inputs: tuple[Any, ...]) -> harness.Call:
+    """`fn` under max-autotune, with the choices made now, from times taken now: none comes from a compilation before,
+    by which the kernels are only on disk. Whoever compares its times has the device for himself meanwhile."""
+    # Dynamo would find what it compiled before of the same code
+    fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    run = harness.compiled(fresh, "inductor", mode="max-autotune-no-cudagraphs")
+    with torch._inductor.config.patch(fx_graph_cache=False, autotune_local_cache=False):
+        run(*inputs)
+    return run
