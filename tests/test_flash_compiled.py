@@ -40,6 +40,7 @@ CASES = {
     "causal": op(128),
     "window": op(128, mask=WINDOW),
     "capped": op(128, softcap=50.0),
+    "capped, float16": op(128, softcap=50.0, dtype=torch.float16),
     "wide": op(256),
     "unequal": op(192, 128),
     "uneven": op(80),
@@ -82,6 +83,7 @@ def compile_all() -> None:
             found = predict.candidates(attention, TABLE[name])
             assert isinstance(found, list), found
             plan = predict.chosen(attention, TABLE[name])
+            assert plan.native == (case == "capped"), case
             reads = READS if attention.modification is not None else {}
             strides = contiguous(attention, reads)
             source = write(attention, plan, strides)

@@ -17,6 +17,7 @@ class Plan:
     num_stages: int
     descriptors: bool = False
     listed: bool = False  # the blocks of keys that rows see are listed beforehand, where no limits tell them
+    native: bool = False  # a cap by NVIDIA's instruction for tanh
 
     @property
     def label(self) -> str:

@@ -23,7 +23,7 @@ from ....cost.amounts import amount, ceil_div, maximum
 from ....cost.roofline import attention_traffic, visible_keys
 from ....fused import Attention
 from ....machine import TABLE, Machine
-from ..matmul import imprecise
+from ..matmul import imprecise, interpreted
 from .emit import emit
 from .expressions import Read
 from .limits import proved
@@ -41,14 +41,15 @@ LISTED_SCORES = 1024**2  # fewer are computed before lists of them are made
 @dataclass(frozen=True)
 class Constants:
     """Seconds of one SM: `product` per score and element of its two head dimensions, `score` per score (softmax), `cap`
-    per capped score, `operation` per operation of a modification, `start` per row and element of a program beside its
-    steps; `launch` of the kernel beside the machine's own overhead, `listing` of the kernels that list
-    blocks. Products in full float32 take `ordinary` times as long, and a program that is left alone on an SM `alone`
-    times its part of one that is shared."""
+    per capped score, `native_cap` where the chip's own tanh does it, `operation` per operation of a modification,
+    `start` per row and element of a program beside its steps; `launch` of the kernel beside the machine's own overhead,
+    `listing` of the kernels that list blocks. Products in full float32 take `ordinary` times as long, and a program
+    that is left alone on an SM `alone` times its part of one that is shared."""
 
     product: float
     score: float
     cap: float
+    native_cap: float
     operation: float
     start: float
     launch: float
@@ -93,8 +94,7 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
 
 def chosen(op: Attention, machine: Machine) -> Plan | None:
     """The first plan that fits the machine."""
-    describing = machine.kind == "cuda" and machine.capability >= DESCRIBING
-    return next((p for p in plans(op, describing) if shared_memory(op, p) <= machine.shared_memory), None)
+    return next((p for p in plans(op, machine) if shared_memory(op, p) <= machine.shared_memory), None)
 
 
 def unserved(op: Attention, machine: Machine) -> str:
@@ -120,7 +120,7 @@ def unserved(op: Attention, machine: Machine) -> str:
     return ""
 
 
-def plans(op: Attention, describing: bool) -> Iterator[Plan]:
+def plans(op: Attention, machine: Machine) -> Iterator[Plan]:
     """Plans from the fastest on, as measured: two programs share an SM, so that the softmax of one hides behind the
     products of the other."""
     width = sum(size for _, size in (*pieces(op.head_dim), *pieces(op.v_dim)))
@@ -130,9 +130,17 @@ def plans(op: Attention, describing: bool) -> Iterator[Plan]:
         few = [(64, 64, 4, 3)] * (width <= 256) + [(64, 64, 4, 2)] * (256 < width <= 320)
         blocks = [*few, (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
     whole = len(pieces(op.head_dim)) == len(pieces(op.v_dim)) == 1
+    describing = machine.kind == "cuda" and machine.capability >= DESCRIBING
     described = describing and whole and op.dtype != torch.float32
     for block_m, block_n, warps, stages in blocks:
-        yield Plan(block_m, block_n, warps, stages, described, _is_listed(op))
+        yield Plan(block_m, block_n, warps, stages, described, _is_listed(op), _is_native(op, machine))
+
+
+def _is_native(op: Attention, machine: Machine) -> bool:
+    """Whether a cap is left to the tanh of NVIDIA's chips, which errs by up to 2⁻¹¹ of its result: eager's own scores
+    are rounded to 2⁻⁹ in bfloat16, but to 2⁻¹² in float16."""
+    capped = op.softcap is not None and op.dtype == torch.bfloat16
+    return capped and machine.kind == "cuda" and machine.capability >= 75 and not interpreted()
 
 
 def _is_listed(op: Attention) -> bool:
@@ -156,7 +164,8 @@ def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Am
     limited = replace(op, mask=proved(op))
     width = sum(size for _, size in (*pieces(op.head_dim), *pieces(op.v_dim)))
     step = known.product * width * (known.ordinary if op.dtype == torch.float32 else 1.0) + known.score
-    step += known.cap if op.softcap is not None else 0.0
+    if op.softcap is not None:
+        step += known.native_cap if plan.native else known.cap
     if made is not None:
         step += known.operation * sum(_operations(a) for a in (*made.added, *([] if plan.listed else [made.visible])))
     block = plan.block_n + plan.block_m

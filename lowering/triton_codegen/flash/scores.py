@@ -17,6 +17,7 @@ LOG2_E = math.log2(math.e)
 # What a finite number hides: below every score, so that beside another key it counts for nothing, and the same for all
 # keys of a row that sees none.
 HIDDEN = -1e38
+TANH = '"tanh.approx.f32 $0, $1;", "=f,f"'
 KEYS = "keys = start + columns[None, :]"
 
 
@@ -62,7 +63,11 @@ class Scores:
         if factor <= 0.0:  # the maximum of scores is not that of what they are scaled to
             lines.append(f"s = s * {factor!r}")
             factor = 1.0
-        if op.softcap is not None:
+        if op.softcap is not None and self.plan.native:
+            inner = op.scale / op.softcap if op.scale > 0 else 1 / op.softcap / LOG2_E
+            lines.append(f"s = tl.inline_asm_elementwise({TANH}, [s * {inner!r}], tl.float32, True, 1)")
+            factor = op.softcap * LOG2_E
+        elif op.softcap is not None:
             # cap · tanh(x) = cap − 2 · cap / (1 + e^(2x)), which saturates on both sides without overflowing
             inner = 2 / op.softcap * (op.scale * LOG2_E if op.scale > 0 else 1.0)
             cap = op.softcap * LOG2_E
