@@ -19,6 +19,7 @@ from fusion_compiler.fused import Attention, Mask, Modification
 from fusion_compiler.layout import fit
 from fusion_compiler.lowering.triton_codegen import flash
 from fusion_compiler.lowering.triton_codegen.flash.emit import emit
+from fusion_compiler.lowering.triton_codegen.flash.scores import slope
 from fusion_compiler.machine import machine
 from fusion_compiler.splice import Builder, clean, replace
 
@@ -45,6 +46,18 @@ def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
 def causal_alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
     rows, keys = positions(q, k)
     return attend(q, k, v, slopes[:, None, None] * (keys - rows), keys <= rows)
+
+
+def alibi_of_keys(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    return attend(
+        q, k, v, slopes[:, None, None] * (torch.arange(k.shape[2]) - 11) - 0.5, positions(q, k)[0] >= positions(q, k)[1]
+    )
+
+
+def slopes_of_rows(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bias: Tensor) -> Tensor:
+    """A slope for each query, beside a bias that is read."""
+    rows, keys = positions(q, k)
+    return attend(q, k, v, slopes[: q.shape[2], None] * (keys - 2 * rows) + bias)
 
 
 def distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,6 +111,8 @@ def unknown(*shape: int) -> Tensor:
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]], str, bool]] = {
     "alibi": (alibi, lambda: (torch.rand(4),), "none", False),
     "causal alibi": (causal_alibi, lambda: (torch.rand(4),), "causal", False),
+    "alibi of keys": (alibi_of_keys, lambda: (torch.rand(4),), "causal", False),
+    "slopes of rows": (slopes_of_rows, lambda: (torch.rand(LENGTH), bias(4)), "none", False),
     "distance": (distance, lambda: (), "none", False),
     "bias per head": (biased, lambda: (bias(4),), "none", False),
     "bias per batch": (biased, lambda: (bias(2, 1),), "none", False),
@@ -123,6 +138,21 @@ def test_numbers(name: str, dtype: torch.dtype) -> None:
 def test_without_lists(name: str) -> None:
     function, more, _, _ = CASES[name]
     check(function, *heads(2, 4, 4, LENGTH, LENGTH, 16), *more())
+
+
+def test_a_slope_is_a_number_for_each_key() -> None:
+    gm, op = generated(causal_alibi, *heads(1, 4, 4, LENGTH, LENGTH, 16), torch.rand(4))
+    (term,) = op.modification.added if op.modification is not None else ()
+    assert str(slope(op, term)).startswith("load_")
+    # whoever reads the sums, or adds a score that is not shifted with the others, needs all of it
+    assert slope(dataclasses.replace(op, logarithm=op.out), term) is None
+    with_sink = dataclasses.replace(op.modification, sink=sympy.Float(0.5))
+    assert slope(dataclasses.replace(op, modification=with_sink), term) is None
+
+
+def test_slopes_that_are_no_numbers() -> None:
+    slopes = torch.tensor([math.inf, -math.inf, math.nan, 0.5])
+    check(causal_alibi, *heads(1, 4, 4, LENGTH, LENGTH, 16), slopes)
 
 
 def test_layers_share_lists() -> None:

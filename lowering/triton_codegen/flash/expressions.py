@@ -71,7 +71,7 @@ class Printer:
         if term.is_number:
             return repr(float(term))
         if term.is_Add or term.is_Mul:
-            if not term.is_integer or (self.exact and not _reads(term)):
+            if not term.is_integer or (self.exact and not reads_in(term)):
                 sign = " + " if term.is_Add else " * "
                 return "(" + sign.join(self._float(a) for a in _narrow_first(term.args)) + ")"
         elif isinstance(term, (sympy.Min, sympy.Max)) and not term.is_integer:
@@ -140,5 +140,6 @@ def _narrow_first(terms: Sequence[Any]) -> list[Any]:
     return sorted(terms, key=lambda t: sum(str(s) in ("query", "key") for s in t.free_symbols))
 
 
-def _reads(term: sympy.Expr) -> bool:
+def reads_in(term: sympy.Expr) -> bool:
+    """Whether a term reads a tensor."""
     return bool(term.atoms(AppliedUndef)) or any(str(s).startswith("load_") for s in term.free_symbols)

@@ -28,6 +28,7 @@ from .emit import emit
 from .expressions import Read
 from .limits import proved
 from .plan import Plan, pieces
+from .scores import slope
 from .sizes import Unprintable
 from .source import contiguous, write
 
@@ -167,7 +168,8 @@ def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Am
     if op.softcap is not None:
         step += known.native_cap if plan.native else known.cap
     if made is not None:
-        step += known.operation * sum(_operations(a) for a in (*made.added, *([] if plan.listed else [made.visible])))
+        added = [1 if slope(op, a) is not None else _operations(a) for a in made.added]
+        step += known.operation * (sum(added) + (0 if plan.listed else _operations(made.visible)))
     block = plan.block_n + plan.block_m
     programs = amount(op.batch) * amount(op.heads) * ceil_div(amount(op.q_len), plan.block_m)
     mean = plan.block_m * (visible_keys(limited, block) * step + known.start * width)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import sympy
 
+from ....attention.index_functions import Choice, is_truth
 from ....cost.amounts import amount
-from ....fused import Attention
-from .expressions import EXACT, Printer, Read
+from ....fused import Attention, Modification
+from .expressions import EXACT, Printer, Read, reads_in
 from .plan import Plan
 from .sizes import size_text
 
@@ -29,6 +31,15 @@ class Scores:
         self.q_len, self.kv_len = amount(op.q_len), amount(op.kv_len)
         self.even_rows = isinstance(self.q_len, int) and self.q_len % plan.block_m == 0
         self.even_keys = isinstance(self.kv_len, int) and self.kv_len % plan.block_n == 0
+
+    @property
+    def slopes(self) -> list[sympy.Expr]:
+        """What keys are multiplied with in terms that are added, as far as these are nothing else: see `slope`."""
+        return [c for c in (slope(self.op, term) for term in _added(self.op)) if c is not None]
+
+    def setup(self) -> list[str]:
+        """Statements before the first block of keys."""
+        return [f"slope{i} = {self.printer().number(c, LOG2_E)}" for i, c in enumerate(self.slopes)]
 
     @property
     def depends(self) -> set[str]:
@@ -77,7 +88,7 @@ class Scores:
         if visible or (made is not None and made.added):
             lines.insert(0, KEYS)
         if made is not None and made.added:
-            lines += self._added(made.added, made.unknown, "" if factor == 1.0 else f" * {factor!r}")
+            lines += self._added(made, "" if factor == 1.0 else f" * {factor!r}")
             factor = 1.0
         if visible and made is not None and made.finite:
             # scaled before: a multiply-add of the scale and the maximum would leave the rounding of HIDDEN · scale over
@@ -95,13 +106,35 @@ class Scores:
         hiding = [*conditions, *(condition for condition in listed if condition)]
         return [KEYS, f's = tl.where({" & ".join(hiding)}, s, float("-inf"))'] if hiding else []
 
-    def _added(self, added: tuple[object, ...], unknown: bool, scaled: str) -> list[str]:
+    def _added(self, made: Modification, scaled: str) -> list[str]:
         printer = self.printer()
-        if not unknown:
-            return [f"s = s{scaled} + {' + '.join(printer.number(a, LOG2_E) for a in added)}"]
+        along = [f"(keys - first_row).to(tl.float32) * slope{i}" for i in range(len(self.slopes))]
+        others = [term for term in made.added if slope(self.op, term) is None]
+        if not made.unknown or not others:
+            return [f"s = s{scaled} + {' + '.join([*along, *(printer.number(a, LOG2_E) for a in others)])}"]
         # the least number of a dtype, which hides as a finite fill does, must not become −∞ in base 2
         return [
-            f"added = {' + '.join(printer.number(a) for a in added)}",
-            f"s = s{scaled} + tl.maximum(added, {HIDDEN / 2!r}) * {LOG2_E!r}",
+            f"added = {' + '.join(printer.number(a) for a in others)}",
+            f"s = s{scaled} + {' + '.join([*along, f'tl.maximum(added, {HIDDEN / 2!r}) * {LOG2_E!r}'])}",
             's = tl.where(added > float("-inf"), s, float("-inf"))',
         ]
+
+
+def _added(op: Attention) -> tuple[Any, ...]:
+    return op.modification.added if op.modification is not None else ()
+
+
+def slope(op: Attention, term: Any) -> sympy.Expr | None:
+    """c of a term c · (key + what is the same for all keys), as in ALiBi: the softmax of a row is the same whatever key
+    0 is taken to be, so that a kernel may count keys from its first row, which is a number for each key and not for
+    each score. Nothing is read beside c: what may be no number has to remain."""
+    made = op.modification
+    if made is None or made.sink is not None or op.logarithm is not None or isinstance(term, Choice) or is_truth(term):
+        return None
+    key = next((s for s in term.free_symbols if str(s) == "key"), None)
+    whole = sympy.expand(term)
+    c = whole.coeff(key) if key is not None else sympy.S.Zero
+    rest = sympy.expand(whole - c * key) if key is not None else whole
+    if c == 0 or key in c.free_symbols | rest.free_symbols or reads_in(sympy.cancel(rest / c)):
+        return None
+    return c

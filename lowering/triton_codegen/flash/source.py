@@ -164,6 +164,7 @@ class Writer:
         for i, (first, size) in enumerate(self.pv):
             self.emit(f"vd{i} = {first} + tl.arange(0, {size})")
             self.emit(f"acc{i} = tl.zeros((BLOCK_M, {size}), tl.float32)")
+        self.emit(*self.scores.setup())
         sink = self.scores.sink()
         lowest, total = f"{LOWEST}", "0.0"
         if sink:
