@@ -20,6 +20,7 @@ from .. import decompositions
 from .attention_rewrite import CheckAttention, checked
 from .dependent_launch import passed_on
 from .float_inputs import specialize_constant_floats
+from .kernel_analysis import analysed_once
 
 InnerCompile = Callable[..., Any]
 
@@ -57,7 +58,7 @@ def compile_aten(gm: GraphModule, example_inputs: Sequence[Any], *, pads: bool =
     decompositions.finish(gm, pads=pads)
     # newer torch hands our table on as a local function, which would keep the graph out of Inductor's cache
     context.pop("get_decomp_fn", None)
-    with passed_on():
+    with passed_on(), analysed_once():
         return compile_fx_inner(gm, example_inputs, **context)
 
 
