@@ -32,6 +32,15 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_device(before)
 
 
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    """Without it float32 is not served."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.usefixtures("_cuda")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.label)
@@ -64,9 +73,8 @@ def test_rows_that_see_nothing() -> None:
             flash.check(modified.biased, *args, added, plan=PLANS[0])
 
 
-@pytest.mark.usefixtures("_cuda")
-def test_the_logarithm_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")  # float32 is not served without
+@pytest.mark.usefixtures("_cuda", "_tf32")
+def test_the_logarithm_of_sums() -> None:
     for function in (statistics.beside, statistics.subtracted, statistics.nothing_seen, statistics.heads_inside):
         statistics.test_numbers(function)
 
