@@ -290,7 +290,7 @@ def test_models(name: str, kind: str) -> None:
 
 
 def test_generating_with_a_static_cache() -> None:
-    """Not in reduce-overhead mode: Inductor alone ends there in a segmentation fault (torch 2.11, transformers 5.17)."""
+    """Not in reduce-overhead mode: there Inductor alone dies of a segmentation fault (torch 2.11)."""
     model, make_inputs = build("llama")
     ids = make_inputs()["input_ids"].cuda()
     model.cuda()
