@@ -9,6 +9,8 @@ lists of blocks made beforehand; "spelled" is the mask by cumulative lengths in 
 
 from __future__ import annotations
 
+import argparse
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +22,7 @@ from torch import Tensor
 import fusion_compiler as fc
 from fusion_compiler.attention.direct import reference
 
-from . import harness
+from . import harness, parts
 from .harness import Row
 
 MOST_SCORES = 2e10  # bytes
@@ -110,37 +112,45 @@ def exact(case: Case, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
     outs, at, before = [], 0, 0
     for q_len, k_len in zip(case.q_lens, case.k_lens, strict=True):
         lengths = torch.tensor([0, q_len], device=q.device), torch.tensor([0, k_len], device=q.device)
-        parts = q[at : at + q_len], k[before : before + k_len], v[before : before + k_len]
-        outs.append(spelled(*(t.to(better) for t in parts), *lengths))
+        own = q[at : at + q_len], k[before : before + k_len], v[before : before + k_len]
+        outs.append(spelled(*(t.to(better) for t in own), *lengths))
         at, before = at + q_len, before + k_len
     return torch.cat(outs)
 
 
+def prepare(args: argparse.Namespace, case: Case) -> Callable[[], dict[str, Any]]:
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    inputs = harness.rotated(lambda: case.inputs(device), device)
+    columns: dict[str, Any] = {"ours": ours}
+    if device.type == "cuda":
+        columns |= {"torch": torch_varlen(case), "flex": flex(case, device)}
+    row, scores = Row(case.name, floor=case.floor()), 4 * case.heads * sum(case.q_lens) * sum(case.k_lens)
+    if scores <= MOST_SCORES:
+        columns |= {"eager": spelled, "inductor": harness.compiled(spelled, "inductor")}
+    else:
+        why = f"all scores, {scores / 1e9:.0f} GB and several copies of them, do not fit"
+        row.left_out = dict.fromkeys(("eager", "inductor"), why)
+    columns["spelled"] = harness.compiled(spelled, "fusion_compiler")
+    turn = harness.prepared(row, columns, inputs, exact(case, *inputs[0]), args.rounds)
+    row.predicted, row.verdict = None, ""  # a function that is called by name is decided by its caller
+    return lambda: asdict(turn())
+
+
 def main() -> None:
-    args = harness.arguments(__doc__, rounds=20).parse_args()
+    parser = harness.arguments(__doc__, rounds=20)
+    parser.add_argument("--jobs", type=int, default=4, help=parts.JOBS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help=parts.SECONDS)
+    args = parser.parse_args()
     device = torch.device(args.device)
     cases = {c.name: c for c in (GPU_CASES if device.type == "cuda" and not args.tiny else TINY_CASES)}
-    torch.manual_seed(0)
+    chosen = [cases[name] for name in harness.chosen(list(cases), args.only)]
     rows = []
-    with torch.no_grad():
-        for name in harness.chosen(list(cases), args.only):
-            case = cases[name]
-            inputs = harness.rotated(lambda case=case: case.inputs(device), device)
-            columns: dict[str, Any] = {"ours": ours}
-            if device.type == "cuda":
-                columns |= {"torch": torch_varlen(case), "flex": flex(case, device)}
-            scores = 4 * case.heads * sum(case.q_lens) * sum(case.k_lens)
-            if scores <= MOST_SCORES:
-                columns |= {"eager": spelled, "inductor": harness.compiled(spelled, "inductor")}
-            columns["spelled"] = harness.compiled(spelled, "fusion_compiler")
-            row = Row(name, floor=case.floor())
-            rows.append(harness.measure(row, columns, inputs, exact(case, *inputs[0]), args.rounds))
-            row.predicted, row.verdict = None, ""  # a function that is called by name is decided by its caller
-            print(harness.row_table(rows[-1:]), flush=True)
-            harness.write_json(args.json, device, [asdict(row) for row in rows])
-            del inputs
-            harness.clean_slate(device)
-    print(harness.row_table(rows))
+    for figures in parts.measured(chosen, functools.partial(prepare, args), args.jobs, args.seconds):
+        rows.append(figures)
+        print(harness.row_table([Row(**figures)]), flush=True)
+        harness.write_json(args.json, device, rows)
+    print(harness.row_table([Row(**figures) for figures in rows]))
 
 
 if __name__ == "__main__":
