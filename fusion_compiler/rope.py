@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .algebra import Value
+from .algebra import Algebra, Value
 from .fused import Declared
 from .halves import SAME, SUMS, VIEWS, Halves, Part, Style, Sum, Term, Unreadable, pieces_of
 from .match import Match, NearMiss
@@ -31,10 +31,10 @@ aten = torch.ops.aten
 PATTERN = "rope"
 
 INDUCTOR = "Inductor makes one kernel of these pointwise operations already, which moves every byte once"
-UNBOUND = (
-    "cos and sin are no tensors of their own here, or the halves are joined otherwise than they were taken apart, so "
-    "no registered kernel can be called"
+UNBOUND_ANGLES = (
+    "cos and sin are no tensors of their own here, or the halves are joined otherwise than they were taken apart"
 )
+UNBOUND = f"{UNBOUND_ANGLES}, so no registered kernel can be called"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ def find_rope(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     closed = halves.with_halved_tensors_closed()
     matches, near_misses = [], []
     for node in view.graph_module.graph.nodes:
-        rotation = _rotated(halves, node) or _rotated(closed, node)
+        rotation = _rotated(halves, node)
+        if rotation is None or rotation.cos is None or rotation.sin is None:  # x may be computed from halves itself
+            again = _rotated(closed, node)
+            rotation = again if rotation is None or (again is not None and again.cos is not None) else rotation
         if rotation is not None:
             match = _match(view, node, rotation)
             matches += [match] if match is not None else []
@@ -101,7 +104,7 @@ def _rotated(halves: Halves, node: Node) -> Rotation | None:
             first, second = (halves.part(node, style, i) for i in (0, 1))
         except Unreadable:
             continue
-        found = _rotation(first, second)
+        found = _rotation(halves.view.algebra, first, second)
         if found is not None:
             # pairs that are put into halves are turned, but `rope` leaves every element in its place
             return found if found.style == style else replace(found, cos=None, sin=None)
@@ -147,8 +150,9 @@ def _is_product(node: Node) -> bool:
 
 
 # ---- rotations --------------------------------------------------------------------------------------
-def _rotation(first: Sum, second: Sum) -> Rotation | None:
-    """first = a·C − b·S and second = b·C' + a·S' (or the signs the other way round)."""
+def _rotation(algebra: Algebra, first: Sum, second: Sum) -> Rotation | None:
+    """first = a·C − b·S and second = b·C' + a·S' (or the signs the other way round). Where all have one factor, as in
+    YaRN, it belongs to cos and sin."""
     if len(first) != 2 or len(second) != 2:
         return None
     for own, other in (first, first[::-1]):
@@ -164,9 +168,11 @@ def _rotation(first: Sum, second: Sum) -> Rotation | None:
                 angles = [_without(t, p) for t, p in ((own, a), (other, b), (straight, b), (crossed, a))]
                 if not all(angles) or any(p.value is a.value for angle in angles for p in angle):
                     continue
-                plain = own.coefficient == straight.coefficient == crossed.coefficient == -other.coefficient == 1.0
-                cos = _one(angles[0], angles[2], a.style) if plain else None
-                sin = _one(angles[1], angles[3], a.style) if plain else None
+                factor = own.coefficient
+                forward = factor == straight.coefficient == crossed.coefficient == -other.coefficient > 0
+                cos = _one(angles[0], angles[2], a.style) if forward else None
+                sin = _one(angles[1], angles[3], a.style) if forward else None
+                cos, sin = (t and algebra.mul(algebra.const(factor), t) for t in (cos, sin))
                 values = dict.fromkeys(p.value for angle in angles for p in angle)
                 return Rotation(a.value, a.style, tuple(values), cos, sin)
     return None

@@ -21,7 +21,7 @@ from .fused import Declared, RopeCache, RowNorm
 from .halves import SAME
 from .match import Match, NearMiss
 from .raising.registry import arguments
-from .rope import find_rope, rope
+from .rope import UNBOUND_ANGLES, complex_rope, find_rope, rope
 from .semantics import SemanticView
 from .shapes import shape_of
 from .sites import site_of
@@ -29,6 +29,7 @@ from .sites import site_of
 aten = torch.ops.aten
 PATTERN = "rope_cache"
 SWAPPED = [0, 2, 1, 3]
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 FEW = 64  # up to so many tokens a linear is likely a generated kernel, which writes the cast of its result that follows
 
 
@@ -72,13 +73,16 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     if not writes:
         return [], []
     position = {node: i for i, node in enumerate(view.graph_module.graph.nodes)}
-    rotations = _rotations(view)
+    ropes = find_rope(view)[0]
+    rotations = _rotations(view, ropes)
     matches: list[Match] = []
     misses: list[NearMiss] = []
     taken: set[Node] = set()
     for keys in writes:
         turned, tokens_first = _unswapped(keys.rows)
         if turned not in rotations:
+            between = _between(view, keys, ropes)
+            misses += [NearMiss(PATTERN, keys.node, between, keys.node)] if between else []
             continue
         values = [w for w in writes if w is not keys and _at_the_same(w.at, keys.at) and _alike(w, keys)]
         values = [w for w in values if w.node not in taken and _unswapped(w.rows)[0] not in rotations]
@@ -103,12 +107,34 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     return matches, misses
 
 
-def _rotations(view: SemanticView) -> dict[Node, Turned]:
+def _rotations(view: SemanticView, ropes: Sequence[Match]) -> dict[Node, Turned]:
     """What is turned, by the node that holds it: all of a tensor's last axis, or the first part of it."""
-    found = [m for m in find_rope(view)[0] if isinstance(m.op, Declared) and m.op.function is rope]
+    found = [m for m in ropes if isinstance(m.op, Declared) and m.op.function is rope]
     whole = {m.site.output: Turned(m, m.site.output, m.site.operands[0]) for m in found}
     partly = (_partly(view, whole, node) for node in view.graph_module.graph.nodes)
     return whole | {turned.node: turned for turned in partly if turned is not None}
+
+
+def _between(view: SemanticView, write: Write, ropes: Sequence[Match]) -> str:
+    """What stands between a rotation and the write of what is made of it; nothing where nothing is turned."""
+    turned, waiting, seen = {m.site.output: m for m in ropes}, [write.rows], set[Node]()
+    while waiting and waiting[0] not in turned:
+        node = waiting.pop(0)
+        if node.target not in PRODUCTS and node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    if not waiting:
+        return ""
+    rotation = turned[waiting[0]]
+    written = f"{write.node.name} writes what {rotation.site.output.name} turns"
+    function = rotation.op.function if isinstance(rotation.op, Declared) else None
+    if function is complex_rope:
+        return f"{written}, but as complex numbers; the kernel reads real ones, as in x·cos + rotate_half(x)·sin"
+    if function is not rope:
+        return f"{written}, but {UNBOUND_ANGLES}; the kernel reads those of x·cos + rotate_half(x)·sin"
+    if view.value(_unswapped(write.rows)[0]).op == "rms_norm":
+        return f"{written}, but normalised behind the rotation; a norm in front of it would be part of the kernel"
+    return f"{written}, but {_unswapped(write.rows)[0].name} stands between them; the kernel writes what it has turned"
 
 
 def _partly(view: SemanticView, whole: dict[Node, Turned], node: Node) -> Turned | None:

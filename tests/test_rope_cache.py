@@ -86,9 +86,38 @@ def partial(
     return q, keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
 
 
+def apertus(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, position: Tensor, wq: Tensor,
+    wk: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Heads are normalised where they stand turned around, just before the rotation, which halves the product."""
+    q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    return yarn(normed(q, wq), normed(k, wk), v, angles, keys, values, position)
+
+
+def yarn(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, position: Tensor
+) -> tuple[Tensor, ...]:
+    """GPT-OSS: cos and sin of half a head have a factor."""
+    q, k, v = (t if t.dim() == 4 else t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
+    cos, sin = ((f(angles) * 1.25).to(q.dtype)[None, None] for f in (torch.cos, torch.sin))
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    at = torch.arange(L, device=q.device) + position
+    return turn(q), keys.index_copy_(2, at, turn(k)), values.index_copy_(2, at, v)
+
+
 CASES: dict[str, tuple[Step, int]] = {
     "llama": (llama, 0), "qwen3": (normed(llama), 2), "interleaved": (interleaved, 0), "partial": (partial, 0),
-    "partial, norms": (normed(partial), 2),
+    "partial, norms": (normed(partial), 2), "yarn": (yarn, 0), "apertus": (apertus, 2),
 }  # fmt: skip
 
 
@@ -126,6 +155,52 @@ def test_numbers(case: str, dtype: torch.dtype) -> None:
         assert o.shape == e.shape and o.dtype == e.dtype
         error, own = ((t.double() - w).norm() for t in (o, e))
         assert error <= 1.5 * own + 3e-7 * w.norm(), (float(error), float(own))
+
+
+def behind(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Hunyuan."""
+    q, k = (F.rms_norm(t * cos + rotate_half(t) * sin, (D,)) for t in (q, k))
+    return q, k
+
+
+def complex_numbers(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Llama 4, DeepSeek V2."""
+    turns = torch.complex(cos[..., : D // 2].contiguous(), sin[..., : D // 2].contiguous())
+    pairs = (torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2)) for t in (q, k))
+    return tuple(torch.view_as_real(t * turns).flatten(-2) for t in pairs)
+
+
+def pairs_to_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """DeepSeek V3."""
+    c, s = cos[..., : D // 2], sin[..., : D // 2]
+    pairs = ((t[..., ::2], t[..., 1::2]) for t in (q, k))
+    return tuple(torch.cat([a * c - b * s, b * c + a * s], dim=-1) for a, b in pairs)
+
+
+def scaled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    return tuple((t * cos + rotate_half(t) * sin).sinh() for t in (q, k))
+
+
+@pytest.mark.parametrize(
+    ("turn", "why"),
+    [
+        (behind, "normalised behind the rotation"),
+        (complex_numbers, "as complex numbers"),
+        (pairs_to_halves, "joined otherwise than they were taken apart"),
+        (scaled, "sinh_1 stands between them"),
+    ],
+)
+def test_what_stands_between_a_rotation_and_a_cache_is_said(turn: Callable[..., Any], why: str) -> None:
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor
+    ) -> Any:
+        q, k = turn(q, k, cos, sin)
+        return q, keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
+
+    heads = torch.randn(B, H, L, D), torch.randn(B, HK, L, D), torch.randn(B, HK, L, D)
+    caches = torch.randn(B, HK, S, D), torch.randn(B, HK, S, D)
+    _, made = run(step, *heads, torch.rand(L, D), torch.rand(L, D), *caches, torch.arange(L))
+    assert any(why in m.reason for m in made.near_misses if m.pattern == "rope_cache"), made
 
 
 def test_the_norm_of_heads_is_part_of_it() -> None:
