@@ -142,6 +142,22 @@ def test_a_norm_and_linears_of_one_input_are_one_kernel_for_few_rows(rows, k, la
         assert relative(ours, exact) <= allowed
 
 
+def test_a_norm_keeps_its_weight_in_float32(free_norms):
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.g = Split(), torch.nn.Parameter(torch.rand(K) + 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(F.rms_norm(x.float(), (K,), self.g, 1e-5).to(x.dtype))
+
+    model, x = Normed(), torch.randn(1, K, dtype=HALF)
+    out, report = compiled(model, x, machine=FEW)
+    assert [dict(d.details)["folded norm"] for d in report.fused] == ["rms"]
+    exact = F.rms_norm(x.double(), (K,), model.g.double(), 1e-5) @ model.linear.weight().T
+    assert relative(out, exact) <= 1.5 * relative(model(x), exact)
+
+
 def test_linears_of_one_input_are_separate_kernels_for_more_rows():
     model, x = Projections().to(HALF), torch.randn(5, K, dtype=HALF)
     out, report = compiled(model, x)

@@ -172,11 +172,16 @@ class PackedGemv(Parts):
         if norm is None:
             return
         self.emit("k = b[:, None] * 32 + j[None, :] * 4")
-        for name, offset in ELEMENTS.items():
-            if norm.has_weight:
-                self.emit(f"g_{name} = tl.load(norm_weight + k + {offset}{self.inside}).to(tl.float32)")
-            if norm.has_bias:
-                self.emit(f"b_{name} = tl.load(norm_bias + k + {offset}{self.inside}).to(tl.float32)")
+        held = {"g": "norm_weight"} if norm.has_weight else {}
+        held |= {"b": "norm_bias"} if norm.has_bias else {}
+        for short, vector in held.items():
+            self.emit(f"if {vector}.dtype.element_ty.primitive_bitwidth == 16:")
+            for part, offset in zip(FOURS, (0, 16), strict=True):
+                self.emit(f"four = tl.load(({vector} + k + {offset}).to(tl.pointer_type(tl.int64)){self.inside})", level=2)
+                self.emit(*(f"{short}_{part}{e} = element(four, {e}, {vector})" for e in range(4)), level=2)
+            self.emit("else:")
+            for name, offset in ELEMENTS.items():
+                self.emit(f"{short}_{name} = tl.load({vector} + k + {offset}{self.inside}).to(tl.float32)", level=2)
 
     def digits_of_x(self, row: int) -> None:
         first = f"x + {row * self.x_stride}" if row else "x"
@@ -246,14 +251,16 @@ class PackedGemv(Parts):
             self.emit(f"m = tl.arange(0, {self.padded})[None, :]", level=2)
         mask = f", mask=m < {self.rows}" if self.rows < self.padded else ""
         read = f"{mask}, other=0.0" if mask else ""
-        for p, part in enumerate(self.parts):
-            level, begin = 2, self.begin(p)
-            if self.several:
+        for p, part in enumerate(self.parts[: 1 if self.alike else None]):
+            level, begin, width, out = 2, str(self.begin(p)), str(part.n), self.outputs[p]
+            if self.alike:
+                out, begin, width = self.chosen_result()
+            elif self.several:
                 self.emit(f"if (at >= {begin}) & (at < {self.begin(p + 1)}):", level=2)
                 level = 3
-            n = f"at - {begin} + r" if begin else "at + r"
+            n = f"at - {begin} + r" if begin != "0" else "at + r"
             self.emit(f"n = {n}" if self.rows == 1 else f"n = ({n})[:, None]", level=level)
-            full = "n" if self.rows == 1 else f"m * {int(part.n)} + n"
+            full = "n" if self.rows == 1 else f"m * {width} + n"
             for j, extra in enumerate(part.extras):
                 first = f"{extra.first} + " if extra.first else ""
                 row = "0" if self.rows == 1 else f"m{read}"
@@ -261,7 +268,23 @@ class PackedGemv(Parts):
                 e = self.numbered(p, j)
                 self.emit(f"e{e} = tl.load(extra{e} + {place}).to(tl.float32)", level=level)
             lines, result = print_pointwise(part.epilogue, functools.partial(self.leaf, p), "t")
-            self.emit(*lines, f"tl.store({self.outputs[p]} + {full}, {result}{mask})", level=level)
+            self.emit(*lines, f"tl.store({out} + {full}, {result}{mask})", level=level)
+
+    @property
+    def alike(self) -> bool:
+        """Whether several results differ in nothing but where they lie. Then one place in the text writes them all: a
+        place for each takes so many registers that a quarter of the programs no longer run at once."""
+        kinds = {(part.epilogue, part.extras, part.out_dtype) for part in self.parts}
+        return self.several and len(kinds) == 1 and not self.parts[0].extras
+
+    def chosen_result(self) -> tuple[str, str, str]:
+        """The result of a tile, its first feature and its width."""
+        names = "out, begin, width"
+        self.emit(f"{names} = {self.outputs[0]}, 0, {self.parts[0].n}", level=2)
+        for p in range(1, len(self.parts)):
+            chosen = f"{names} = {self.outputs[p]}, {self.begin(p)}, {self.parts[p].n}"
+            self.emit(f"if at >= {self.begin(p)}:", INDENT + chosen, level=2)
+        return "out", "begin", "width"
 
     def leaf(self, p: int, leaf: Value) -> str:
         index = int(leaf.attr("index"))

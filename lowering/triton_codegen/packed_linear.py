@@ -202,7 +202,8 @@ def _launched(
     operands = [x]
     for name, node in zip(source.tensors[1:], site.operands[1:], strict=False):  # the outputs come last
         stored = name[0] in "wsz" and name[1:].isdigit()
-        operands.append(_aligned(builder, node) if stored else builder.contiguous(node))
+        read = node if stored else builder.contiguous(node)
+        operands.append(_aligned(builder, read) if stored or name.startswith("norm_") else read)
     written = ["partial"] if plan.splits > 1 else []
     if plan.splits > 1:
         blocks, device = int(op.whole.n) // plan.block_n, values[0].device
