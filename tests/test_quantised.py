@@ -294,6 +294,36 @@ def test_programs_that_share_k_add_up_what_each_has_left(rows, shares):
     assert not arrivals.any()
 
 
+@pytest.mark.parametrize("activations", ["float", "q8_1"])
+def test_shares_of_one_row_are_added_up(activations):
+    rounded = activations == "q8_1"
+    k, n, (model, x) = 6144, 40, (Split(n=40, k=6144), torch.randn(1, 6144, dtype=HALF))
+    packed = Packed("halves", 0, k // 2, 16, PerGroup(HALF, 32, 0, k // 32, 1), 8.0)
+    epilogue = Algebra().add(Algebra().make("acc", index=0), Algebra().make("extra", index=0))
+    extras = (Extra("full", HALF),)
+    op = MatmulFamily(1, k, n, 1, None, epilogue, extras, HALF, HALF, packed=(packed,), q8_activations=rounded)
+    plan = Plan("gemv", 1, 8, 2048, 4, splits=3)
+    assert plan.block_k in [p.block_k for p in packed_predict.gemv_plans(op)]
+    source = PackedGemv(op, plan, 6, k, native=False).write()  # two slots of three shares, for five tiles
+    out, added = torch.full((1, n), torch.nan, dtype=HALF), torch.randn(1, n, dtype=HALF)
+    arrivals, partial = torch.zeros(2, dtype=torch.int32), torch.full((3 * n,), torch.nan)
+    kernel = load_kernel(source.text, source.name)
+    for _ in range(2):
+        kernel[(6,)](x, model.qs, model.d, added, partial, arrivals, out)
+        reference = x.double() @ model.weight().T + added.double()
+        assert relative(out, reference) <= (1e-2 if rounded else 1.5 * relative(model(x) + added, reference))
+    assert not arrivals.any()
+
+
+def test_a_long_row_is_shared_where_that_is_faster(monkeypatch):
+    monkeypatch.setitem(packed_predict.constants()["gemv"], "gather", 0.0)
+    report = fc.explain(Split(14336, 4096), torch.randn(1, 14336, dtype=HALF), machine="h200")
+    [decision] = report.fused
+    assert dict(decision.details)["shares"] == 7 and decision.kernel.endswith("p525/7")
+    report = fc.explain(Split(4096, 4096), torch.randn(1, 4096, dtype=HALF), machine="h200")
+    assert dict(report.fused[0].details)["shares"] == 1
+
+
 def test_few_features_share_k():
     for k, n in ((14336, 4096), (4096, 4096)):
         report = fc.explain(Split(k, n), torch.randn(16, k, dtype=HALF), machine="h200")
@@ -384,7 +414,7 @@ def compile_all() -> list[tuple[str, int]]:
         writer = PackedSplit if plan.kind == "split" else PackedSwap
         source, constants = writer(op, plan, facts(op, plan), native=True).write(), {}
         if m == 1:
-            plan = packed_predict.gemv_plan(op)
+            [plan] = packed_predict.gemv_plans(op)
             source = PackedGemv(op, plan, 132, 1024, native=True).write()
         else:
             constants = {"x_stride": 1024, "N": 4096, "K": 1024, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}

@@ -7,6 +7,9 @@ that what belongs to a block is summed as integers inside of it. The next tile i
 
 A norm in front costs a sum over rows that are in registers already. Linears of one input follow each other in the walk:
 a tile belongs to one of them, whose weight it reads and whose result it writes.
+
+Where K is long, or no power of two of blocks, programs share it (`splits`): those of the same tiles leave their sums in
+memory, and the last of them to arrive adds up, always in the same order.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from ...algebra import Value
 from ...fused import MatmulFamily, MatmulGroup
 from .plans import Plan
 from .pointwise import literal, print_pointwise
+from .predict import power_of_two
+from .split_source import WORKSPACE
 from .writer import INDENT, KernelSource, Parts
 
 _NATIVE = """@triton.jit
@@ -53,11 +58,6 @@ FOURS = ("low", "high")
 ELEMENTS = {f"{part}{e}": e + offset for part, offset in zip(FOURS, (0, 16), strict=True) for e in range(4)}
 
 
-def blocks_of(op: MatmulFamily) -> int:
-    """Blocks of 32 in a row, rounded up to a power of two."""
-    return 1 << (int(op.k) // 32 - 1).bit_length()
-
-
 class PackedGemv(Parts):
     """The text for a plan: `block_n` features per tile, in a grid of `programs`; rows of x lie `x_stride` apart."""
 
@@ -67,8 +67,8 @@ class PackedGemv(Parts):
         self.op, self.parts, self.plan, self.programs, self.native = op.whole, op.parts, plan, programs, native
         self.rows, self.x_stride = int(op.m), x_stride
         self.packed = self.op.packed[0]  # all are laid out alike
-        self.blocks = blocks_of(self.op)
-        self.even = self.blocks * 32 == int(self.op.k)
+        self.blocks = plan.block_k // 32
+        self.even = plan.splits * plan.block_k == int(self.op.k)
         self.digits = ("coarse",) if self.op.q8_activations else ("fine", "coarse")
         self.lines: list[str] = []
         norm = self.op.norm
@@ -76,7 +76,7 @@ class PackedGemv(Parts):
         self.outputs = tuple(self.out(p) for p in range(len(self.parts)))
         before = [*(["norm_weight"] if norm and norm.has_weight else [])]
         before += ["norm_bias"] if norm and norm.has_bias else []
-        self.tensors = ("x", *before, *held, *self.outputs)
+        self.tensors = ("x", *before, *held, *(WORKSPACE if plan.splits > 1 else ()), *self.outputs)
 
     def stored(self, i: int) -> tuple[str, ...]:
         """Codes and scales."""
@@ -90,9 +90,12 @@ class PackedGemv(Parts):
         self.lines.extend(INDENT * level + line for line in lines)
 
     def write(self) -> KernelSource:
-        n, step = self.begin(len(self.parts)), self.plan.block_n * self.programs
+        n, step, splits = self.begin(len(self.parts)), self.step, self.plan.splits
         self.emit(f"b = tl.arange(0, {self.blocks})", "j = tl.arange(0, 4)", f"r = tl.arange(0, {self.plan.block_n})")
-        self.emit(f"first = tl.program_id(0) * {self.plan.block_n}")
+        if splits > 1:
+            self.emit(f"slot, share = tl.program_id(0) // {splits}, tl.program_id(0) % {splits}")
+            self.emit(f"b += share * {self.blocks}")
+        self.emit(f"first = {'slot' if splits > 1 else 'tl.program_id(0)'} * {self.plan.block_n}")
         self.pointers()
         self.ask("first", level=1)
         self.load_norm()
@@ -104,9 +107,14 @@ class PackedGemv(Parts):
         self.emit(f"following = tl.minimum(at + {step}, {n - self.plan.block_n})", level=2)
         self.ask("following", level=2)
         self.products()
-        self.store()
+        if splits > 1:
+            self.emit(f"tl.store(partial + share * {n} + at + r, acc0)", level=2)
+            self.gather()
+        else:
+            self.store()
         norm = f"{self.op.norm.kind}_norm_" if self.op.norm else ""
         name = f"{norm}packed{'s' if self.several else ''}{max(len(self.parts), self.op.weights)}_gemv"
+        name += "_split" if splits > 1 else ""
         head = [
             (_NATIVE if self.native else _PORTABLE) + _SHARED,
             "@triton.jit",
@@ -261,14 +269,38 @@ class PackedGemv(Parts):
             n = f"at - {begin} + r" if begin != "0" else "at + r"
             self.emit(f"n = {n}" if self.rows == 1 else f"n = ({n})[:, None]", level=level)
             full = "n" if self.rows == 1 else f"m * {width} + n"
-            for j, extra in enumerate(part.extras):
-                first = f"{extra.first} + " if extra.first else ""
-                row = "0" if self.rows == 1 else f"m{read}"
-                place = {"full": f"{full}{read}", "col": f"{first}n", "row": row, "scalar": "0"}[extra.kind]
-                e = self.numbered(p, j)
-                self.emit(f"e{e} = tl.load(extra{e} + {place}).to(tl.float32)", level=level)
-            lines, result = print_pointwise(part.epilogue, functools.partial(self.leaf, p), "t")
-            self.emit(*lines, f"tl.store({out} + {full}, {result}{mask})", level=level)
+            row = "0" if self.rows == 1 else f"m{read}"
+            self.finish(p, out, {"full": f"{full}{read}", "col": "n", "row": row, "scalar": "0"}, full + ", ", mask, level)
+
+    def finish(self, p: int, out: str, places: dict[str, str], at: str, mask: str, level: int) -> None:
+        """Part p's epilogue, which reads its extras at `places`, by their kind."""
+        part = self.parts[p]
+        for j, extra in enumerate(part.extras):
+            first = f"{extra.first} + " if extra.first else ""
+            e = self.numbered(p, j)
+            self.emit(f"e{e} = tl.load(extra{e} + {first}{places[extra.kind]}).to(tl.float32)", level=level)
+        lines, result = print_pointwise(part.epilogue, functools.partial(self.leaf, p), "t")
+        self.emit(*lines, f"tl.store({out} + {at}{result}{mask})", level=level)
+
+    def gather(self) -> None:
+        """The last program of a slot adds up what all of them have left of its tiles, and goes on with the epilogue."""
+        splits, n = self.plan.splits, int(self.op.n)
+        tiles = power_of_two(-(-n // self.step))
+        self.emit("tl.debug_barrier()  # all of this program's sums are written before it counts as arrived")
+        self.emit('arrived = tl.atomic_add(arrivals + slot, 1, sem="acq_rel")')
+        self.emit(f"if arrived != {splits - 1}:", INDENT + "return", "tl.store(arrivals + slot, 0)")
+        self.emit(f"n = first + tl.arange(0, {tiles})[:, None] * {self.step} + r[None, :]")
+        inside = f", mask=n < {n}"
+        for share in range(splits):
+            place = f"partial + {share * n} + n{inside}, other=0.0"
+            self.emit(f"acc0 {'+' if share else ''}= tl.load({place}, cache_modifier='.cg')")
+        read = f"n{inside}, other=0.0"
+        self.finish(0, "out", {"full": read, "col": read, "row": "0", "scalar": "0"}, "n, ", inside, 1)
+
+    @property
+    def step(self) -> int:
+        """Features from one tile of a program to its next."""
+        return self.plan.block_n * self.programs // self.plan.splits
 
     @property
     def alike(self) -> bool:

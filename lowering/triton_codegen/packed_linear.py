@@ -17,7 +17,7 @@ from ...cost.roofline import matmul_traffic
 from ...fused import MatmulFamily, PerGroup, Site
 from ...machine import Machine
 from ...splice import load_kernel
-from . import packed_predict
+from . import packed_predict, predict
 from .matmul import Matmuls, interpreted, rows_of
 from .packed_gemv_source import PackedGemv
 from .packed_source import PackedSwap
@@ -49,8 +49,7 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
     m = amount(op.m)
     found = []
     if isinstance(m, int) and m <= packed_predict.GEMV_ROWS and _for_gemv(op):
-        plan = packed_predict.gemv_plan(op)
-        found += [_gemv_candidate(op, machine, plan)] if plan is not None else []
+        found += [_gemv_candidate(op, machine, plan) for plan in packed_predict.gemv_plans(op)]
     limited = _few_rows_only(op)
     if limited:
         return found or Unavailable(f"{limited}, and M is {m}")
@@ -139,6 +138,7 @@ def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, 
         traffic=traffic,
         seconds=seconds,
         emit=functools.partial(emit, op, plan, machine.kind == "cuda" and not interpreted()),
+        once=_zeroing(plan),
         valid=True if isinstance(m, int) else sympy.Le(m, limit),
         details=details,
     )
@@ -146,18 +146,26 @@ def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, 
 
 def _gemv_candidate(op: Matmuls, machine: Machine, plan: Plan) -> Candidate:
     programs = packed_predict.gemv_programs(op, plan, machine)
+    shared = f"/{plan.splits}" if plan.splits > 1 else ""
     return Candidate(
         name="triton_packed_gemv",
-        kernel=f"triton packed_gemv_n{plan.block_n}w{plan.num_warps}p{programs}",
+        kernel=f"triton packed_gemv_n{plan.block_n}w{plan.num_warps}p{programs}{shared}",
         traffic=matmul_traffic(op),
         seconds=packed_predict.gemv_seconds(op, plan, machine),
+        once=_zeroing(plan),
         emit=functools.partial(emit_gemv, op, plan, programs, machine.kind == "cuda" and not interpreted()),
         details=(
             ("numerics", "Q8_1 activations" if op.whole.q8_activations else FRACTIONS),
             ("folded norm", op.whole.norm.kind if op.whole.norm else "none"), ("results", len(op.parts)),
-            ("block_n", plan.block_n), ("num_warps", plan.num_warps), ("blocks", programs), *_layout(op),
+            ("block_n", plan.block_n), ("num_warps", plan.num_warps), ("blocks", programs), ("shares", plan.splits),
+            *_layout(op),
         ),
     )  # fmt: skip
+
+
+def _zeroing(plan: Plan) -> float:
+    """What a graph pays once for the zeros that programs count in."""
+    return predict.constants().zeroing if plan.splits > 1 else 0.0
 
 
 def _layout(op: Matmuls) -> tuple[tuple[str, str], ...]:
@@ -208,7 +216,8 @@ def _launched(
     if plan.splits > 1:
         blocks, device = int(op.whole.n) // plan.block_n, values[0].device
         sums = blocks * plan.splits * op.whole.weights * plan.rows * plan.block_n
-        operands += [builder.empty([sums], torch.float32, device), builder.zeros(blocks, torch.int32, device)]
+        counters = builder.zeros(max(blocks, predict.ARRIVALS), torch.int32, device)
+        operands += [builder.empty([sums], torch.float32, device), counters]
     arguments = dict(zip(source.tensors, [*operands, *outs], strict=True))
     launched = builder.triton(
         load_kernel(source.text, source.name), [programs], {**arguments, **rest}, [*source.outputs, *written],

@@ -25,7 +25,6 @@ from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
 from ...fused import MatmulFamily, MatmulGroup, PerGroup
 from ...machine import TABLE, Machine
-from .packed_gemv_source import blocks_of
 from .plans import Plan
 from .predict import power_of_two
 from .shared_memory import within
@@ -39,6 +38,7 @@ SHORTEST = 64  # elements of K in a tile
 GEMV_ROWS = 4
 GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
 GEMV_BYTES = 64  # of weights that a thread asks for at once
+SHARE = 128  # blocks of 32 in a share of a row, which four warps hold
 
 
 @functools.cache
@@ -109,22 +109,26 @@ def refusal(op: MatmulFamily, rows: int) -> str:
     return (_untiled(op) if rows > MOST_ROWS else "") or f"no tile divides K = {op.k} and its groups evenly"
 
 
-def gemv_plan(op: Matmuls) -> Plan | None:
-    """The tile of the kernel for few rows: so many features that a thread asks for GEMV_BYTES of weights at once, and
-    fewer where more rows of x take the registers."""
-    blocks, weights, rows = blocks_of(op.whole), op.whole.weights, int(op.m)
-    block_n = max(1, 4 // weights)
+def gemv_plans(op: Matmuls) -> list[Plan]:
+    """Tiles of the kernel for few rows: so many features that a thread asks for GEMV_BYTES of weights at once, and
+    fewer where more rows of x take the registers; for one row of a long K also in shares of it."""
+    length, weights, rows = int(op.whole.k) // 32, op.whole.weights, int(op.m)
+    blocks, block_n = power_of_two(length), max(1, 4 // weights)
     warps = max(1, blocks * block_n * weights * 16 // (32 * GEMV_BYTES))
     if rows > 1:
         digits = 1 if op.whole.q8_activations else 2
         block_n = max(1, block_n // (1 if rows * digits <= 2 else 2 if rows * digits <= 4 else 4))
-    if any(int(part.n) % block_n for part in op.parts) or warps > GEMV_WARPS:
-        return None
-    return Plan("gemv", rows, block_n, blocks * 32, warps)
+    found = [Plan("gemv", rows, block_n, blocks * 32, warps)]
+    single = rows == weights == len(op.parts) == 1 and op.whole.norm is None and op.whole.packed[0].block == 16
+    share = next((s for s in (SHARE, SHARE // 2) if length > SHARE and length % s == 0), None)
+    if single and share is not None:
+        found.append(Plan("gemv", 1, 4 * SHARE // share, share * 32, 4, splits=length // share))
+    return [p for p in found if p.num_warps <= GEMV_WARPS and not any(int(part.n) % p.block_n for part in op.parts)]
 
 
 def gemv_programs(op: Matmuls, plan: Plan, machine: Machine) -> int:
-    return min(int(op.whole.n) // plan.block_n, machine.num_sms * max(1, GEMV_WARPS // plan.num_warps))
+    places = machine.num_sms * max(1, GEMV_WARPS // plan.num_warps) // plan.splits
+    return min(int(op.whole.n) // plan.block_n, places) * plan.splits
 
 
 def shared_memory(op: MatmulFamily, plan: Plan) -> int:
@@ -190,6 +194,7 @@ def gemv_seconds(op: Matmuls, plan: Plan, machine: Machine) -> float:
     unaligned = known["unaligned"] if any(p.block != 16 for p in whole.packed) else 1.0
     start = known["start"] + (0.0 if whole.q8_activations else known["second_digit"])
     start += known["norm"] if whole.norm is not None else 0.0
+    start += known["gather"] if plan.splits > 1 else 0.0
     start += known["row"]["q8_1" if whole.q8_activations else "float"] * (plan.rows - 1)
     # programs of many warps wait for each other at the end of each tile
     per_byte = known["per_byte"][str(max(4, power_of_two(plan.num_warps)))]
