@@ -14,6 +14,10 @@ from fusion_compiler.ggml import q4_0, q8_0
 K, N, GROUP = 128, 48, 64
 
 
+def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((out.double() - reference).norm() / reference.norm())
+
+
 class Spelling(torch.nn.Module):
     """Weights drawn once; `weight()` is what they stand for, in float64 [N, K]."""
 

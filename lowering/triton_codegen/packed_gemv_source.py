@@ -185,7 +185,9 @@ class PackedGemv(Parts):
         for short, vector in held.items():
             self.emit(f"if {vector}.dtype.element_ty.primitive_bitwidth == 16:")
             for part, offset in zip(FOURS, (0, 16), strict=True):
-                self.emit(f"four = tl.load(({vector} + k + {offset}).to(tl.pointer_type(tl.int64)){self.inside})", level=2)
+                self.emit(
+                    f"four = tl.load(({vector} + k + {offset}).to(tl.pointer_type(tl.int64)){self.inside})", level=2
+                )
                 self.emit(*(f"{short}_{part}{e} = element(four, {e}, {vector})" for e in range(4)), level=2)
             self.emit("else:")
             for name, offset in ELEMENTS.items():
@@ -270,7 +272,8 @@ class PackedGemv(Parts):
             self.emit(f"n = {n}" if self.rows == 1 else f"n = ({n})[:, None]", level=level)
             full = "n" if self.rows == 1 else f"m * {width} + n"
             row = "0" if self.rows == 1 else f"m{read}"
-            self.finish(p, out, {"full": f"{full}{read}", "col": "n", "row": row, "scalar": "0"}, full + ", ", mask, level)
+            places = {"full": f"{full}{read}", "col": "n", "row": row, "scalar": "0"}
+            self.finish(p, out, places, f"{full}, ", mask, level)
 
     def finish(self, p: int, out: str, places: dict[str, str], at: str, mask: str, level: int) -> None:
         """Part p's epilogue, which reads its extras at `places`, by their kind."""

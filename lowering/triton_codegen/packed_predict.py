@@ -38,7 +38,8 @@ SHORTEST = 64  # elements of K in a tile
 GEMV_ROWS = 4
 GEMV_WARPS = 16  # on a multiprocessor at once: a thread holds two tiles of weights and all of x, in 128 registers
 GEMV_BYTES = 64  # of weights that a thread asks for at once
-SHARE = 128  # blocks of 32 in a share of a row, which four warps hold
+WHOLE = 128  # blocks of 32 in a row that is never shared
+SHARE = 64  # and in a share of a longer one: two warps, of which each thread has one block
 
 
 @functools.cache
@@ -120,9 +121,8 @@ def gemv_plans(op: Matmuls) -> list[Plan]:
         block_n = max(1, block_n // (1 if rows * digits <= 2 else 2 if rows * digits <= 4 else 4))
     found = [Plan("gemv", rows, block_n, blocks * 32, warps)]
     single = rows == weights == len(op.parts) == 1 and op.whole.norm is None and op.whole.packed[0].block == 16
-    share = next((s for s in (SHARE, SHARE // 2) if length > SHARE and length % s == 0), None)
-    if single and share is not None:
-        found.append(Plan("gemv", 1, 4 * SHARE // share, share * 32, 4, splits=length // share))
+    if single and length > WHOLE and length % SHARE == 0:
+        found.append(Plan("gemv", 1, 4, SHARE * 32, 2, splits=length // SHARE))
     return [p for p in found if p.num_warps <= GEMV_WARPS and not any(int(part.n) % p.block_n for part in op.parts)]
 
 
