@@ -24,6 +24,7 @@ from fusion_compiler.layout import fit
 from fusion_compiler.lowering.triton_codegen import flash
 from fusion_compiler.lowering.triton_codegen.flash.emit import emit
 from fusion_compiler.lowering.triton_codegen.flash.plan import Plan, pieces
+from fusion_compiler.lowering.triton_codegen.flash.scores import Scores
 from fusion_compiler.lowering.vendor.sdpa import VendorSdpa
 from fusion_compiler.machine import machine
 from fusion_compiler.match import Match
@@ -164,6 +165,14 @@ def test_a_cap_by_the_chips_own_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dataclasses.replace(SMALL, native=True)
     for mask, scale in ((causal, 1.0), (window, -0.5), (lambda q, k: (k + q) % 3 > 0, 1.0)):
         check(attention(mask, softcap=2.0, scale=scale), *heads(1, 2, 2, 40, 40, 16), plan=plan)
+    # every score at one end of the range, one cap beyond it, and rows that see nothing
+    for softcap, scale, visible in (
+        (50.0, 1e4, causal), (50.0, 100.0, window), (60.0, 10.0, causal), (50.0, 1.0, lambda q, k: k <= q - 20),
+    ):  # fmt: skip
+        args, function = heads(1, 2, 2, 40, 40, 16), attention(visible, softcap=softcap, scale=scale)
+        gm, op = generated(function, *args, plan=plan)
+        assert (Scores(op, plan, {}).bound is not None) == (softcap == 50.0)
+        torch.testing.assert_close(gm(*args), function(*args), rtol=1e-4, atol=1e-4, equal_nan=True)
     assert set(called) == {"tanh.approx.f32"}
 
 

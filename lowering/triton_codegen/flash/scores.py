@@ -37,6 +37,15 @@ class Scores:
         """What keys are multiplied with in terms that are added, as far as these are nothing else: see `slope`."""
         return [c for c in (slope(self.op, term) for term in _added(self.op)) if c is not None]
 
+    @property
+    def bound(self) -> float | None:
+        """What may stand for the maximum of every row, in base 2: scores that the chip's tanh caps are that near to
+        each other in bfloat16, which has the range of float32, where nothing is added to them. Between 2⁻¹⁰⁰ and 2⁵² a
+        sum of as many keys as there are neither overflows nor vanishes."""
+        made, cap = self.op.modification, (self.op.softcap or 0.0) * LOG2_E
+        shifted = made is not None and (made.added or made.sink is not None or made.finite)
+        return max(0.0, cap - 52.0) if self.plan.native and not shifted and cap <= 76.0 else None
+
     def setup(self) -> list[str]:
         """Statements before the first block of keys."""
         return [f"slope{i} = {self.printer().number(c, LOG2_E)}" for i, c in enumerate(self.slopes)]

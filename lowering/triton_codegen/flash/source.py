@@ -5,7 +5,7 @@ For each block of queries the softmax is taken online, in base 2 (m is the runni
     m' = max(m, max s)      p = 2^(s − m')      l' = l · 2^(m − m') + Σ p      acc' = acc · 2^(m − m') + p · v
 
 and the result is acc / l. m starts at a finite number below every score, so that rows that have seen nothing yet need
-no case of their own: p is 0 there.
+no case of their own: p is 0 there. Capped scores may do without a running maximum (`Scores.bound`).
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Writer:
             self.emit(f"acc{i} = tl.zeros((BLOCK_M, {size}), tl.float32)")
         self.emit(*self.scores.setup())
         sink = self.scores.sink()
-        lowest, total = f"{LOWEST}", "0.0"
+        lowest, total = f"{LOWEST if self.scores.bound is None else self.scores.bound!r}", "0.0"
         if sink:
             lowest, total = f"tl.maximum({sink}, {LOWEST})", "1.0"
         self.emit(f"m = tl.zeros((BLOCK_M,), tl.float32) + {lowest}", f"l = tl.full((BLOCK_M,), {total}, tl.float32)")
@@ -236,15 +236,20 @@ class Writer:
         if hidden:
             self.emit(f"if {self.in_part}:", *(INDENT + line for line in hidden))
         scaled = "" if factor == 1.0 else f" * {factor!r}"
-        self.emit(
-            f"m_new = tl.maximum(m, tl.max(s, 1){scaled})",
-            f"p = tl.exp2(s{scaled} - m_new[:, None])",
-            "alpha = tl.exp2(m - m_new)",
-            "l = l * alpha + tl.sum(p, 1)",
-            "m = m_new",
-        )
+        bound = self.scores.bound
+        if bound is not None:
+            self.emit(f"p = tl.exp2(s{scaled} - {bound!r})", "l = l + tl.sum(p, 1)")
+        else:
+            self.emit(
+                f"m_new = tl.maximum(m, tl.max(s, 1){scaled})",
+                f"p = tl.exp2(s{scaled} - m_new[:, None])",
+                "alpha = tl.exp2(m - m_new)",
+                "l = l * alpha + tl.sum(p, 1)",
+                "m = m_new",
+            )
         for i, (first, size) in enumerate(self.pv):
-            self.emit(f"acc{i} = acc{i} * alpha[:, None]")
+            if bound is None:
+                self.emit(f"acc{i} = acc{i} * alpha[:, None]")
             self.emit(f"v{i} = {self.keys_tile('v', i, first, size, op.v_dim)}")
             self.emit(f"acc{i} = tl.dot(p.to(v{i}.dtype), v{i}, acc{i}{precision})")
 
