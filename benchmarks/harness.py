@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -318,6 +319,8 @@ def clean_slate(device: torch.device) -> None:
 
 # ---- command line and output -----------------------------------------------------------------------------
 def arguments(description: str | None, rounds: int = 30) -> argparse.ArgumentParser:
+    # asked so, processes that are forked from here can still use the device
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT,…", help="rows whose name contains a TEXT")
     parser.add_argument("--json", metavar="PATH", type=Path, help="write the figures there")

@@ -4,6 +4,7 @@ alone on the device (compiling takes far longer than measuring), and figures of 
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import multiprocessing
@@ -39,12 +40,12 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """The figures of all items, of which `jobs` processes prepare a part each; a part that takes longer than `seconds`
     to prepare is given up. `preload` names modules that are imported once for all."""
-    # whether there is a device must be asked such that forked processes can still use it
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # several processes compile already; a pool in each of them would only get in the way
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([*preload, *COMPILERS])
+    for name in (*preload, *COMPILERS):
+        importlib.import_module(name)
+    # what goes on from here has all imports behind it
+    processes: Any = multiprocessing.get_context("fork" if _forkable() else "forkserver")
     jobs, began, running = min(jobs, len(items)), time.time(), []
     for first in range(jobs):
         ours, theirs = processes.Pipe()
@@ -62,6 +63,19 @@ def measured(
             else:
                 print(figures, file=sys.stderr, flush=True)
         process.join()
+
+
+def _forkable() -> bool:
+    """Whether forked processes can use the device: not where this one has touched it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.init()
+        except Exception:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def _work(items: Sequence[Any], prepare: Prepare, pipe: Connection) -> None:
