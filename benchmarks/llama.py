@@ -110,6 +110,13 @@ def warm_up_compilers(device: torch.device) -> None:
 def run_column(
     name: str, plain: Any, make: Callable[[Any, Any], Phase], reference: Tensor, eager: dict[str, Any], steps: int
 ) -> dict[str, Any]:
+    return prepared_column(name, plain, make, reference, eager, steps)()
+
+
+def prepared_column(
+    name: str, plain: Any, make: Callable[[Any, Any], Phase], reference: Tensor, eager: dict[str, Any], steps: int
+) -> Callable[[], dict[str, Any]]:
+    """Compiles and checks a column; what is returned takes its times."""
     device, how = plain.device, COLUMNS[name]
     model = plain if how is None else harness.compiled(plain, *how)
     phase = make(model, plain)
@@ -130,7 +137,7 @@ def run_column(
         counts = Counter(f"{d.pattern} {d.kernel or d.verdict}" for d in report.decisions) if report else {}
         row["verdicts"] = dict(counts)
         row["predicted_fused"] = harness.predicted()[0]
-    return row | measure(phase, steps, device)
+    return lambda: row | measure(phase, steps, device)
 
 
 def parse() -> argparse.Namespace:
