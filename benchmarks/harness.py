@@ -322,7 +322,7 @@ def arguments(description: str | None, rounds: int = 30) -> argparse.ArgumentPar
     # asked so, processes that are forked from here can still use the device
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT,…", help="rows whose name contains a TEXT")
+    parser.add_argument("--only", metavar="TEXT,…", help="rows whose name is or contains a TEXT")
     parser.add_argument("--json", metavar="PATH", type=Path, help="write the figures there")
     parser.add_argument("--rounds", type=int, default=rounds, help="samples per column (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="very small sizes, to try the command itself")
@@ -332,7 +332,8 @@ def arguments(description: str | None, rounds: int = 30) -> argparse.ArgumentPar
 
 
 def chosen(names: Sequence[str], only: str | None) -> Iterator[str]:
-    picked = [n for n in names if only is None or any(part in n for part in only.split(","))]
+    wanted = only.split(",") if only is not None else [""]
+    picked = [n for n in names if any(n == part or (part in n and part not in names) for part in wanted)]
     if not picked:
         raise SystemExit(f"--only {only!r} is in no row's name; rows: {', '.join(names)}")
     for name in picked:
