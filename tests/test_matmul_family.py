@@ -34,7 +34,7 @@ from matmul_family_cases import (
 
 from fusion_compiler.candidates import Candidate, Unavailable
 from fusion_compiler.fused import MatmulFamily, RowNorm, Site
-from fusion_compiler.lowering.triton_codegen import footprint, lowering, matmul
+from fusion_compiler.lowering.triton_codegen import footprint, lowering, matmul, predict
 from fusion_compiler.lowering.triton_codegen.plans import Plan
 from fusion_compiler.lowering.triton_codegen.pointwise import print_pointwise, unsupported
 from fusion_compiler.lowering.triton_codegen.source import facts, write
@@ -140,6 +140,17 @@ def test_narrow_outputs_are_sliced() -> None:
     """2048 columns are 64 blocks of 32: too few to draw the memory's bandwidth, unless the warps share K."""
     [best, *_] = offered(family(16, 8192, 2048, None, PLAIN, BRAIN))
     assert best.name in ("triton_sliced", "triton_split") and best.seconds < 12.5e-6
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "block_n", "stages", "microseconds"),
+    [(2, 4096, 4096, 32, 4, 10.4), (16, 4096, 4096, 16, 4, 12.2), (32, 4096, 4096, 32, 3, 13.3),
+     (16, 14336, 4096, 16, 4, 32.0), (32, 14336, 4096, 32, 3, 33.2), (32, 8192, 2048, 16, 3, 14.5)],
+)  # fmt: skip
+def test_slices_take_what_was_measured(m: int, k: int, n: int, block_n: int, stages: int, microseconds: float) -> None:
+    op, plan = family(m, k, n, None, PLAIN, BRAIN), Plan("sliced", max(m, 8), block_n, 128, 4, stages, slices=4)
+    moved = 2.0 * (k * n + m * k + 2 * m * n)
+    assert float(predict.seconds(op, plan, H200, moved, m)) == pytest.approx(microseconds * 1e-6, rel=0.1)
 
 
 # ---- the pointwise printer ----------------------------------------------------------------------

@@ -175,3 +175,14 @@ def test_few_blocks_cannot_hide_what_a_folded_norm_waits_for() -> None:
     """112 blocks for 132 multiprocessors: a norm of its own, at 2.5 to 4 µs, is the faster by far."""
     folded, apart = (min(predicted((norm, 8192, 3584, 64)).values()) for norm in (True, False))
     assert folded > apart + 10
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "microseconds"), [(4096, 4096, 19.4), (14336, 4096, 60.1), (8192, 2048, 22.2)], ids=str
+)
+def test_rows_that_a_tile_has_and_x_has_not_are_paid(k: int, n: int, microseconds: float) -> None:
+    """Half of each tile lies outside of 32 rows; with 64 rows the same plan takes 12.2, 33.6 and 16.0 µs."""
+    op = family(32, k, n, None, PLAIN, BRAIN)
+    moved = 2.0 * (k * n + 32 * k + 2 * 32 * n)
+    seconds = tiles.seconds(op, Plan("tile", 64, 32, 128, 4, 6, group=8), TABLE["h200"], moved, 32)
+    assert float(seconds) == pytest.approx(microseconds * 1e-6, rel=0.15)

@@ -37,7 +37,7 @@ from .writer import norm_mode, statistics_block
 SMALL_SHARED_MEMORY = 100 * 1024  # below, two pipeline stages are worth a thought
 SHORT_ROW = 256  # bytes of one row of a weight that a step reads at once
 MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
-SLICED_ROWS = 16  # beyond, the rows of x fill the matrix unit less well than the columns
+SLICED_ROWS = 32  # beyond, every block reads more of x than of the weights
 SLICES = 4  # 8 were never better
 SPLITS = (2, 4, 8)
 UNTRIED = 0.3  # blocks that share K were measured by themselves, and never inside a graph: autotune may take them

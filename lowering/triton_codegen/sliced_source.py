@@ -1,4 +1,4 @@
-"""Writes the kernel for up to 16 rows of x and few columns: every warp walks a slice of K of its own.
+"""Writes the kernel for up to 32 rows of x and few columns: every warp walks a slice of K of its own.
 
 A step takes `slices` pieces of BLOCK_K side by side, so that tiles have a leading axis over slices and each warp
 multiplies one piece of x. The sums of the slices meet after the loop, always in the same order. There is no norm: what

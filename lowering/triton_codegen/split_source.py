@@ -25,6 +25,11 @@ class Split(Swap):
     def block(self) -> str:
         return "tile"
 
+    @property
+    def early(self) -> bool:
+        """Only the last block has a use for them, and they come together with the others' sums."""
+        return False
+
     def indices(self) -> None:
         splits = self.plan.splits
         self.emit(f"tile, split = tl.program_id(0) // {splits}, tl.program_id(0) % {splits}")

@@ -58,6 +58,31 @@ class Swap(Writer):
         rows = mask_argument([] if self.all_rows else ["m_in"])
         self.emit(f"i{j} = tl.load(x{j} + m{rows}).to(tl.float32){self.outer}")
 
+    def hoisted_extras(self) -> None:
+        super().hoisted_extras()
+        if self.early:
+            self.load_extras(0)
+
+    def load_extras(self, p: int) -> None:
+        """The extras of part p that have rows."""
+        rows = mask_argument([] if self.all_rows else ["m_in"])
+        for j, extra in enumerate(self.parts[p].extras):
+            e = self.numbered(p, j)
+            if extra.kind == "full":
+                self.emit(f"e{e} = tl.load(extra{e} + {self.at(p)}{mask_argument(self.inside)})")
+            elif extra.kind == "row":
+                self.emit(f"e{e} = tl.load(extra{e} + m{rows}).to(tl.float32)[None, :]")
+
+    @property
+    def inside(self) -> list[str]:
+        """The bounds of a result."""
+        return [*([] if self.all_rows else ["m_in[None, :]"]), *([] if self.known.even_n else ["n_in[:, None]"])]
+
+    def at(self, p: int) -> str:
+        """Offsets into the result of part p."""
+        m = "m.to(tl.int64)" if self.known.wide_output else "m"
+        return f"{m}[None, :] * {self.width(p)} + n[:, None]"
+
     def load_y(self) -> None:
         """A tile of x, or of what is computed from the inputs, as y."""
         bounds = [] if self.known.even_k else [f"k_in{self.inner}"]
@@ -211,19 +236,14 @@ class Swap(Writer):
 
     def store(self, p: int) -> None:
         part = self.parts[p]
-        m = "m.to(tl.int64)" if self.known.wide_output else "m"
-        at = f"{m}[None, :] * {self.width(p)} + n[:, None]"
-        rows = [] if self.all_rows else ["m_in"]
-        inside = [*(f"{row}[None, :]" for row in rows), *([] if self.known.even_n else ["n_in[:, None]"])]
+        if not self.early:
+            self.load_extras(p)
         for j, extra in enumerate(part.extras):
-            e = self.numbered(p, j)
             if extra.kind == "full":
-                self.emit(f"e{e} = tl.load(extra{e} + {at}{mask_argument(inside)}).to(tl.float32)")
-            elif extra.kind == "row":
-                self.emit(f"e{e} = tl.load(extra{e} + m{mask_argument(rows)}).to(tl.float32)[None, :]")
+                self.emit(f"e{self.numbered(p, j)} = e{self.numbered(p, j)}.to(tl.float32)")
         lines, result = print_pointwise(
             part.epilogue,
             lambda v: f"acc{v.attr('index')}" if v.op == "acc" else f"e{self.numbered(p, v.attr('index'))}",
             "t",
         )
-        self.emit(*lines, f"tl.store({self.out(p)} + {at}, {result}{mask_argument(inside, '')})")
+        self.emit(*lines, f"tl.store({self.out(p)} + {self.at(p)}, {result}{mask_argument(self.inside, '')})")

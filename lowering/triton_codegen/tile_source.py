@@ -81,15 +81,35 @@ class Tile(Writer):
             assert self.op.norm is not None
             self.emit(f"rstd = tl.rsqrt(tl.sum(squares, 1) / K + {literal(self.op.norm.eps)})[:, None]")
             self.emit(*(f"acc{i} = acc{i} * rstd" for i in range(self.op.weights)))
-        rows = [] if self.even_m else ["m_in"]
-        inside = [*(f"{row}[:, None]" for row in rows), *([] if self.known.even_n else ["n_in[None, :]"])]
-        at = f"{'m.to(tl.int64)' if self.known.wide_output else 'm'}[:, None] * N + n[None, :]"
+        if not self.early:
+            self.load_extras()
         for j, extra in enumerate(self.op.extras):
             if extra.kind == "full":
-                self.emit(f"e{j} = tl.load(extra{j} + {at}{mask_argument(inside)}).to(tl.float32)")
-            elif extra.kind == "row":
-                self.emit(f"e{j} = tl.load(extra{j} + m{mask_argument(rows)}).to(tl.float32)[:, None]")
+                self.emit(f"e{j} = e{j}.to(tl.float32)")
         lines, result = print_pointwise(
             self.op.epilogue, lambda leaf: f"{'acc' if leaf.op == 'acc' else 'e'}{leaf.attr('index')}", "t"
         )
-        self.emit(*lines, f"tl.store(out + {at}, {result}{mask_argument(inside, '')})")
+        self.emit(*lines, f"tl.store(out + {self.at}, {result}{mask_argument(self.inside, '')})")
+
+    # ---- extras with rows -------------------------------------------------------------------
+    def hoisted_extras(self) -> None:
+        super().hoisted_extras()
+        if self.early:
+            self.load_extras()
+
+    def load_extras(self) -> None:
+        for j, extra in enumerate(self.op.extras):
+            if extra.kind == "full":
+                self.emit(f"e{j} = tl.load(extra{j} + {self.at}{mask_argument(self.inside)})")
+            elif extra.kind == "row":
+                rows = mask_argument([] if self.even_m else ["m_in"])
+                self.emit(f"e{j} = tl.load(extra{j} + m{rows}).to(tl.float32)[:, None]")
+
+    @property
+    def inside(self) -> list[str]:
+        """The bounds of the result."""
+        return [*([] if self.even_m else ["m_in[:, None]"]), *([] if self.known.even_n else ["n_in[None, :]"])]
+
+    @property
+    def at(self) -> str:
+        return f"{'m.to(tl.int64)' if self.known.wide_output else 'm'}[:, None] * N + n[None, :]"

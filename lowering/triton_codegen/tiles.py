@@ -40,8 +40,8 @@ class TileConstants:
     """Seconds: `start` before the first and after the last step, `fill` for each round of blocks, `latency` of memory,
     `x_element` of an SM per element of x that a folded norm handles, `x_chain` until a block goes on. Fractions of the
     machine's rates that steady tiles reach: `compute` of its matrix units', by rows, columns and warps of a tile,
-    `memory` of its (copy) bandwidth. A kernel whose tiles reach beyond the last
-    row takes longer by `empty` times the fraction of their rows that does."""
+    `memory` of its (copy) bandwidth. Where tiles reach beyond the last row, the copy engine fills in what is not there
+    slower than it loads: `empty` for a byte of an SM's share."""
 
     start: float
     fill: float
@@ -113,5 +113,6 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, m: Any) 
     work = rounds * known.fill + steps * ((rounds - 1) * whole + ((last * busy) ** 3 + waiting**3) ** (1 / 3))
     again = op.weights * int(op.n) * int(op.k) * op.dtype.itemsize * (ceil_div(m, plan.rows * plan.group) - 1)
     memory = (moved + again) / (machine.memory_bandwidth * known.memory)
-    empty = 1 - m / (ceil_div(m, plan.rows) * plan.rows)
-    return known.start + machine.launch_overhead + (memory**4 + work**4) ** 0.25 * (1 + known.empty * empty)
+    empty = (ceil_div(m, plan.rows) * plan.rows - m) * int(op.k) * math.ceil(int(op.n) / plan.block_n) / sms
+    filled = known.empty * op.dtype.itemsize * empty
+    return known.start + machine.launch_overhead + (memory**4 + work**4) ** 0.25 + filled

@@ -14,6 +14,7 @@ from .pointwise import literal, print_pointwise
 
 INDENT = "    "
 THIN = 8  # the narrowest second operand of the matrix unit
+EARLY = 16  # elements of an extra that a thread may hold while it walks along K
 STATISTICS_ELEMENTS = 64  # of x per thread and step of the pass that computes mean and rstd
 
 
@@ -263,6 +264,11 @@ class Writer(Parts):
                     self.emit(f"e{number} = tl.load(extra{number} + {first}{n}{mask}).to(tl.float32){self.axis}")
                 elif extra.kind == "scalar":
                     self.emit(f"e{number} = tl.load(extra{number}).to(tl.float32)")
+
+    @property
+    def early(self) -> bool:
+        """Whether extras with rows are loaded before the loop too."""
+        return not self.several and self.plan.rows * self.plan.block_n <= EARLY * 32 * self.plan.num_warps
 
     # ---- an activation in front -------------------------------------------------------------
     @property
