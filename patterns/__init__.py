@@ -13,6 +13,7 @@ from fusion_compiler.registry import PatternPackage
 from .activation_linear import activation_linear
 from .add_norm import add_norm
 from .attention import attention
+from .counters import counters
 from .gated_mlp import gated_mlp
 from .linear_epilogue import linear_epilogue
 from .norm import norm
@@ -35,6 +36,7 @@ BUILTIN: tuple[AnyPattern, ...] = (
     softmax,
     rope,
     rope_cache,
+    counters,
     quantised_linear,
 )
 

@@ -11,6 +11,7 @@ from paged_spellings import SPELLINGS, Paged
 from test_gpu import agree, pytestmark, through
 
 import fusion_compiler as fc
+from benchmarks.harness import device_work
 
 __all__ = ["pytestmark"]
 HALVES = (torch.float16, torch.bfloat16)
@@ -76,3 +77,21 @@ def test_paged_attention(dtype: torch.dtype, heads_first: bool) -> None:
             eager = fc.paged_attention(q, *held, layout=layout)
         agree(got.cpu(), eager, paged.exact(q, *held, heads_first))
     assert len(fc.reports()) == 1 and fc.last_report().fused
+
+
+def test_counters() -> None:
+    """Advanced where they are: as one kernel, without copies."""
+    made = [torch.tensor(n, device="cuda") for n in range(6)]
+
+    def advance(x: torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:
+        for counter in counters:
+            x = x + counter
+            counter.add_(2)
+        return x
+
+    x, run = torch.randn(64, device="cuda"), through(advance)
+    with torch.no_grad():
+        work = device_work(run, (x, *made), calls=3)
+    assert [d.kernel for d in fc.last_report().fused] == ["triton counters"]
+    assert [int(c) for c in made] == [n + 2 * 4 for n in range(6)]
+    assert work.kernels == 2, work

@@ -24,8 +24,8 @@ WIRING = {f"fusion_compiler.{m}" for m in ("backend", "capture", "cli", "registr
 VOCABULARY = {
     f"fusion_compiler.{m}"
     for m in (
-        *("activation_linear", "algebra", "attention", "fused", "linear_epilogue", "match", "pattern", "quantised"),
-        *("rope", "rope_cache", "semantics", "siblings"),
+        *("activation_linear", "algebra", "attention", "counters", "fused", "linear_epilogue", "match", "pattern"),
+        *("quantised", "rope", "rope_cache", "semantics", "siblings"),
     )
 }
 # Imported inside functions only, so that a machine without them can still load the compiler.

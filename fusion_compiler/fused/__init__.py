@@ -7,6 +7,7 @@ FX nodes: those travel beside it as a `Site`. Sizes may be `int` or `torch.SymIn
 from __future__ import annotations
 
 from .attention import WORD, Attention, Codes, Layout, Mask, Modification, Pages, StoredAttention
+from .counters import Counters
 from .declared import Declared
 from .matmul import Extra, MatmulFamily, MatmulGroup, Packed, PerGroup, RowNorm
 from .rope_cache import RopeCache
@@ -14,12 +15,13 @@ from .rows import RowReduction
 from .site import Site
 from .size import Size
 
-FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | StoredAttention | RopeCache | Declared
+FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | StoredAttention | RopeCache | Counters | Declared
 
 __all__ = [
     "WORD",
     "Attention",
     "Codes",
+    "Counters",
     "Declared",
     "Extra",
     "FusedOp",

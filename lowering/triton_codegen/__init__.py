@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...candidates import Candidate, Unavailable
-from ...fused import Attention, FusedOp, MatmulFamily, MatmulGroup, RopeCache, RowReduction, StoredAttention
+from ...fused import Attention, Counters, FusedOp, MatmulFamily, MatmulGroup, RopeCache, RowReduction, StoredAttention
 from ...machine import Machine
-from . import decode, flash, matmul, packed_linear, rope_cache, row_reduction
+from . import counters, decode, flash, matmul, packed_linear, rope_cache, row_reduction
 
 SHORTEST_NORM = 8
 
@@ -32,6 +32,8 @@ class TritonCodegen:
             return row_reduction.candidates(op, machine)
         if isinstance(op, StoredAttention):
             return decode.candidates(op, machine)
+        if isinstance(op, Counters):
+            return counters.candidates(op, machine)
         if isinstance(op, RopeCache):
             return rope_cache.candidates(op, machine)
         if isinstance(op, Attention):
