@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 # Kernels run in Triton's interpreter here; it has to be chosen before triton is imported.
@@ -17,6 +18,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_compiler import report
+from fusion_compiler.lowering.triton_codegen.decode import predict
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,13 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = os.environ.get("TRITON_INTERPRET") == "1"
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def meeting_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches as small as those of tests are read faster once they are dequantised: have codes read even so."""
+    known = dataclasses.replace(predict.constants(), meet=0.0)
+    monkeypatch.setattr(predict, "constants", lambda: known)
 
 
 @pytest.fixture

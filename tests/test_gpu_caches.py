@@ -17,6 +17,7 @@ __all__ = ["pytestmark"]
 HALVES = (torch.float16, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("meeting_for_nothing")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", quantised.CASES)
 def test_codes(case: str, dtype: torch.dtype) -> None:

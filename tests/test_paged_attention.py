@@ -99,6 +99,7 @@ def test_by_name(dtype: torch.dtype, heads_first: bool) -> None:
     close(out, eager, wanted)
 
 
+@pytest.mark.usefixtures("meeting_for_nothing")
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_codes_in_pages(stored: torch.dtype, per_head: bool) -> None:

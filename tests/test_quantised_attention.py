@@ -181,6 +181,7 @@ def test_verdict_and_bytes() -> None:
     assert isinstance(refused, Unavailable) and "no instructions that widen" in refused.reason
 
 
+@pytest.mark.usefixtures("meeting_for_nothing")
 def test_the_whole_line_takes_the_codes() -> None:
     inputs = inputs_of("int4 with zeros", torch.float16)
     out, report = compiled(CASES["int4 with zeros"][0], *inputs)
@@ -199,13 +200,14 @@ def compile_all() -> None:
 
     from fusion_compiler.lowering.triton_codegen.aot import compile_text, resources
 
-    for case in ("int4 with zeros", "fp8 per head", "int8 per token"):
-        graph_module, _, op, site = quantised(case, torch.bfloat16)
+    half = {"int4 with zeros": torch.float16}
+    for case in ("int8 per token", "uint8 with zeros", "fp8 per head", "int4", "int4 with zeros", "keys alone"):
+        graph_module, _, op, site = quantised(case, half.get(case, torch.bfloat16))
         plan = predict.best_plan(op, H200)
         assert plan is not None
         plan = replace(plan, splits=4)
         builder = splice.Builder(graph_module, site.place)
-        source = decode.prepared(op, plan, builder, site)[0]
+        source = decode.prepared(op, plan, builder, site, native=True)[0]
         made = compile_text(
             source.text, source.name, source.tensors, source.sizes, {}, GPUTarget("cuda", 90, 32),
             num_warps=plan.num_warps, num_stages=source.num_stages,

@@ -19,7 +19,7 @@ from ....cost.amounts import amount
 from ....fused import Attention, Codes, Layout, Pages, Site, Size, StoredAttention
 from ....machine import Machine
 from ....splice import load_kernel, same_sizes
-from ..matmul import imprecise
+from ..matmul import imprecise, interpreted
 from . import predict
 from .operands import Axes, KernelSource, Operand, Operands, Plan, Table, as_stored, query_rows, row_tiles
 from .source import write
@@ -52,7 +52,7 @@ def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Can
             kernel=f"triton {plan.label}",
             traffic=predict.traffic(stored, plan, keys),
             seconds=predict.seconds(stored, plan, machine, keys),
-            emit=functools.partial(emit, stored, plan),
+            emit=functools.partial(emit, stored, plan, native=machine.kind == "cuda" and not interpreted()),
             details=(
                 ("rows", plan.rows),
                 ("block", plan.block),
@@ -126,9 +126,10 @@ def _expression(size: Any) -> sympy.Expr:
 
 
 # ---- emission -------------------------------------------------------------------------------------
-def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site) -> Node:
-    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
-    source, nodes, grid = prepared(asked, plan, builder, site)
+def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site, *, native: bool = False) -> Node:
+    """Adds the kernel of `plan` to the graph, with NVIDIA's instructions if `native`; returns the node in the shape of
+    `site.output`."""
+    source, nodes, grid = prepared(asked, plan, builder, site, native=native)
     done = builder.triton(
         load_kernel(source.text, source.name), grid, nodes | source.sizes, source.outputs,
         num_warps=plan.num_warps, num_stages=source.num_stages,
@@ -137,7 +138,7 @@ def emit(asked: Attention | StoredAttention, plan: Plan, builder: Builder, site:
 
 
 def prepared(
-    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site
+    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site, *, native: bool = False
 ) -> tuple[KernelSource, dict[str, Node], tuple[Any, int]]:
     """The kernel, the tensors it is called with, and its grid.
 
@@ -181,7 +182,7 @@ def prepared(
         nodes["partial"] = builder.empty([*slots, op.v_dim], torch.float32, device)
         nodes["stats"] = builder.empty([*slots, 2], torch.float32, device)
         nodes["arrivals"] = builder.zeros(tiles, torch.int32, device)
-    source = write(op, plan, operands)
+    source = write(op, plan, operands, native=native)
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
 
 

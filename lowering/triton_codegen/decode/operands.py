@@ -13,17 +13,22 @@ Axes = tuple[Size, Size, Size, Size]
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is divided: `rows` of queries in a tile, `block` keys per step, `splits` of the keys per head."""
+    """How the work is divided: `rows` of queries in a tile, `block` keys per step, `splits` of the keys per head.
+
+    With `own_keys` every warp walks keys of its own, and what the warps found meets at the end; codes ask for that.
+    """
 
     rows: int
     block: int
     splits: int
     num_warps: int
     num_stages: int
+    own_keys: bool = False
 
     @property
     def label(self) -> str:
-        return f"decode{self.rows}_n{self.block}s{self.splits}w{self.num_warps}s{self.num_stages}"
+        own = "k" if self.own_keys else ""
+        return f"decode{self.rows}_n{self.block}s{self.splits}w{self.num_warps}{own}s{self.num_stages}"
 
 
 @dataclass(frozen=True)

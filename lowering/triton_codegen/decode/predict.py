@@ -10,7 +10,7 @@ gather  = the last program of a tile waits for the others and reads what they le
 The 7-norm is a soft maximum; symbolic amounts take the maximum itself, which can be solved for crossovers. The
 constants are measured (efficiency.json, with device, date and versions) at 8 to 64 rows.
 
-Every code takes `code` or `half` more.
+Every code takes `code`, `half` or `float8` more, and where warps have keys of their own, their results `meet`.
 How many keys a position on the device will leave visible is not known when compiling. Plans are made for the allocated
 keys, but half of them are priced: the positions of a cache that fills up are evenly spread.
 """
@@ -30,17 +30,21 @@ import torch
 
 from ....candidates import Amount, Traffic
 from ....cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
-from ....fused import WORD, Attention, Codes, StoredAttention
+from ....fused import Attention, Codes, StoredAttention
 from ....machine import Machine
 from .operands import Plan, as_stored, power_of_two, query_rows, row_tiles
-from .source import gathered
+from .source import GATHERED_SPLITS, gathered
 
 TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the memory idle, more costs resident programs
 WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
 WARPS_PER_SM = 64
 MOST_SPLITS = 128
-PER_SM = (0.5, 1)  # programs per SM that a number of splits aims at: more were slower,
-CODED_PER_SM = (2,)  # but for codes
+PER_SM = (0.5, 1)  # programs per SM that a number of splits aims at: more were slower
+# With codes every warp has keys of its own: so many at a step, of so many bytes, as more numbers at a time spill.
+OWN_KEYS = (16, 32, 64)
+OWN_BYTES = 4096
+OWN_PER_SM = (1, 2)
+OWN_WARPS_PER_SM = 8  # by their registers
 TILE_ROWS = 64
 FEWEST_ROWS = {"cuda": 8, "rocm": 16}  # narrowest operand of the matrix units
 HINT = 4096  # keys that a plan is made for where their number is symbolic
@@ -61,6 +65,8 @@ class Constants:
     gather_step: float
     code: float  # to make a number of a code of eight bits
     half: float  # of four bits
+    float8: float
+    meet: float  # until the results of warps that have keys of their own are one
     page: float  # per step whose keys lie in several pages
 
 
@@ -72,28 +78,37 @@ def constants() -> Constants:
 
 def plans(stored: StoredAttention, machine: Machine) -> Iterator[Plan]:
     """Every plan that fits `machine`."""
-    op, coded = stored.attention, _coded(stored)
-    fewest = 16 if coded else FEWEST_ROWS.get(machine.kind, 16)
-    rows = min(TILE_ROWS, power_of_two(max(fewest, query_rows(op))))
+    op, own = stored.attention, _coded(stored) > 0
+    fewest = FEWEST_ROWS.get(machine.kind, 16)
+    rows = min(fewest if own else TILE_ROWS, power_of_two(max(fewest, query_rows(op))))
     keys = amount(op.kv_len)
     longest = keys if isinstance(keys, int) else HINT
     pairs = _hint(op.batch) * int(op.kv_heads) * -(-query_rows(op) // rows)
-    # eight words of a row for each warp; numbers made of more codes at a time spill
-    warps = 2 if coded and max(op.head_dim, op.v_dim) <= 2 * 8 * WORD else WARPS
-    largest = 64 if coded and min(op.head_dim, op.v_dim) < 128 else 128
-    for block, stages in itertools.product((32, 64, 128), (2, 3, 4)):
+    for block, stages in itertools.product(_blocks(stored), (2, 3, 4)):
         tile = tile_bytes(stored, block)
-        smallest = block == 32 and tile > TILE_BYTES[1]
-        if not (TILE_BYTES[0] <= tile <= TILE_BYTES[1] or smallest or block == largest and tile < TILE_BYTES[0]):
-            continue
-        if block > largest:
-            continue
         if stages * tile + 4096 > machine.shared_memory or (stages == 2 and 3 * tile + 4096 <= machine.shared_memory):
             continue
         most = min(MOST_SPLITS, -(-longest // block))
-        per_sm = (*PER_SM, *(CODED_PER_SM if coded else ()))
-        for splits in sorted({1, *(max(1, min(most, round(n * machine.num_sms / pairs))) for n in per_sm)}):
-            yield Plan(rows, block, splits, warps, stages)
+        per_sm = OWN_PER_SM if own else PER_SM
+        wanted = [int(n * machine.num_sms / pairs) if own else round(n * machine.num_sms / pairs) for n in per_sm]
+        wanted += [n // GATHERED_SPLITS * GATHERED_SPLITS for n in wanted if own]
+        for splits in sorted({1, *(max(1, min(most, n)) for n in wanted)}):
+            yield Plan(rows, block, splits, WARPS, stages, own)
+
+
+def _blocks(stored: StoredAttention) -> Iterator[int]:
+    """How many keys a step may have."""
+    op = stored.attention
+    if _coded(stored):
+        widths = [width * _size(op, code) for width, code in ((op.head_dim, stored.k), (op.v_dim, stored.v)) if code]
+        most = OWN_BYTES / max(widths) / (op.dtype.itemsize / 2)
+        yield from (WARPS * keys for keys in OWN_KEYS if keys <= max(most, OWN_KEYS[0]))
+        return
+    for block in (32, 64, 128):
+        tile = tile_bytes(stored, block)
+        smallest, largest = block == 32 and tile > TILE_BYTES[1], block == 128 and tile < TILE_BYTES[0]
+        if TILE_BYTES[0] <= tile <= TILE_BYTES[1] or smallest or largest:
+            yield block
 
 
 def best_plan(asked: Attention | StoredAttention, machine: Machine) -> Plan | None:
@@ -145,14 +160,15 @@ def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, ke
     programs = pairs * row_tiles(op, plan) * active
     together = minimum(resident(stored, plan, machine), ceil_div(programs, machine.num_sms))
     waves = ceil_div(programs, machine.num_sms * resident(stored, plan, machine))
-    work = known.product * (plan.rows - (16 if _coded(stored) else 8)) * plan.block * (op.head_dim + op.v_dim)
+    work = known.product * (plan.rows - 8) * plan.block * (op.head_dim + op.v_dim)
     if op.dtype == torch.float32:
         flops = 2 * plan.rows * plan.block * (op.head_dim + op.v_dim)
         work = flops / (machine.vector_flops / machine.num_sms * known.ordinary_fraction)
     step = known.step + known.step_byte * tile_bytes(stored, plan.block) + known.latency / (plan.num_stages - 1)
     for width, code in ((op.head_dim, stored.k), (op.v_dim, stored.v)):
         if code is not None:
-            work += (known.half if code.packed else known.code) * plan.block * width
+            each = known.half if code.packed else known.float8 if code.dtype.is_floating_point else known.code
+            work += each * plan.block * width
     step = step + work * together
     if stored.pages is not None and stored.pages.size % plan.block:
         step = step + known.page
@@ -161,7 +177,7 @@ def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, ke
     moved = pairs * keys * _bytes_per_key(stored)
     memory = moved / (machine.memory_bandwidth * known.reached)
     total = known.start + step + _softly(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
-    total = total + known.ramp * (1 - 1 / steps)
+    total = total + known.ramp * (1 - 1 / steps) + (known.meet if plan.own_keys else 0.0)
     if plan.splits > 1:
         rows, splits = gathered(op, plan)
         rounds = ceil_div(active, splits) * math.ceil(min(plan.rows, query_rows(op)) / rows)
@@ -200,7 +216,8 @@ def _coded(stored: StoredAttention) -> int:
 def resident(stored: StoredAttention, plan: Plan, machine: Machine) -> int:
     """Programs that run on one SM at once."""
     memory = plan.num_stages * tile_bytes(stored, plan.block) + 2048
-    return max(1, min(machine.shared_memory // memory, WARPS_PER_SM // plan.num_warps))
+    warps = OWN_WARPS_PER_SM if plan.own_keys else WARPS_PER_SM
+    return max(1, min(machine.shared_memory // memory, warps // plan.num_warps))
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -5,10 +5,10 @@ one tile and walks along its share of the keys, with the online softmax in float
 
     s = score(k · qᵀ),  m' = max(m, max s),  p = 2^(s − m'),  l = l·2^(m − m') + Σ p,  acc = acc·2^(m − m') + vᵀ · p
 
-Keys are the M operand of the matrix unit ("swap-AB"), because the rows are too few to fill it; but rows are where keys
-or values are codes, as only the other operand can be read as words (see stored.py). What is visible decides
-how far the keys are walked: where the mask counts from a position on the device, the program reads it and the splits
-divide the keys that are really there; programs without a share return at once.
+Keys are the M operand of the matrix unit ("swap-AB"), because the rows are too few to fill it. Where keys are its
+own, a warp finds maxima and multiplies p by its values without waiting for the others: the products are batched, a warp
+for each. What is visible decides how far the keys are walked: where the mask counts from a position on the device, the
+program reads it and the splits divide the keys that are really there; programs without a share return at once.
 
 With more than one split, acc, m and l of every split go to a workspace, and the program that is last to arrive adds
 them up. `arrivals` counts the programs of a head; the last one leaves it at 0 again, so the kernel changes nothing
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from ....fused import Attention
+from ....fused import WORD, Attention
 from ..pointwise import literal
 from .operands import KernelSource, Operand, Operands, Plan, power_of_two, query_rows, row_tiles
 from .stored import Stored
@@ -27,32 +27,34 @@ from .writer import LOG2E, Writer
 
 NAME = "decode_attention"
 WORKSPACE = {"partial": torch.float32, "stats": torch.float32}
+MOST_ENTRIES = 8  # of the table that are read one by one
 GATHERED_ELEMENTS = 512  # of the rows' results that the last program adds up at a time
 GATHERED_SPLITS = 16  # that it reads at a time
 
 
-def write(op: Attention, plan: Plan, operands: Operands) -> KernelSource:
-    """The kernel, for the grid (batch · kv_heads · row tiles, splits)."""
-    return _Split(op, plan, operands).write()
+def write(op: Attention, plan: Plan, operands: Operands, *, native: bool = False) -> KernelSource:
+    """The kernel, for the grid (batch · kv_heads · row tiles, splits); `native`: with NVIDIA's instructions."""
+    return _Split(op, plan, operands, native=native).write()
 
 
 def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
     """Rows and splits that the last program of a tile adds up at a time."""
     rows = min(max(1, GATHERED_ELEMENTS // power_of_two(max(16, op.v_dim))), power_of_two(query_rows(op)), plan.rows)
-    return rows, min(GATHERED_SPLITS, power_of_two(plan.splits))
+    return rows, min(GATHERED_SPLITS * (2 if plan.own_keys else 1), power_of_two(plan.splits))
 
 
 class _Split(Writer):
     """Names: n over keys, d over columns of q and k, c over columns of v."""
 
-    def __init__(self, op: Attention, plan: Plan, operands: Operands) -> None:
+    def __init__(self, op: Attention, plan: Plan, operands: Operands, *, native: bool) -> None:
         super().__init__(op, plan, operands)
         # one product of TF32 would cut operands off where eager's rounds them
         self.precision = "tf32x3" if op.dtype == torch.float32 else "ieee"
         self.rows = query_rows(op)
         self.tiles = row_tiles(op, plan)
-        self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype)
-        self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype)
+        self.k = Stored("k", "d", op.head_dim, operands.k, op.dtype, native)
+        self.v = Stored("v", "c", op.v_dim, operands.v, op.dtype, native)
+        self.functions = [side.function for side in (self.k, self.v) if side.word]
         # one block of the cache for all keys of a step, or one for each
         self.one_page = operands.table is not None and operands.k.page % plan.block == 0
 
@@ -105,15 +107,18 @@ class _Split(Writer):
 
     def queries(self) -> None:
         q = self.operands.q
-        bounds = self.inside(self.row_bound(self.of_row), self.k.bound(self.of_key))
+        bounds = self.inside(self.row_bound("[None, :]"), self.k.bound("[:, None]"))
         for suffix, column in self.k.parts.items():
-            where = self.along("q", q.strides, column=f"({column}){self.of_key}", **self.of_query(self.of_row))
+            where = self.along("q", q.strides, column=f"({column})[:, None]", **self.of_query("[None, :]"))
             self.emit(f"q_tile{suffix} = tl.load({where}{bounds}){self.cast(q)}")
         if self.k.shifts:
-            self.emit(
-                f"q_total = {' + '.join(f'tl.sum(q_tile{s}.to(tl.float32), {self.key_axis})' for s in self.k.parts)}"
-            )
-        scale = literal(self.op.scale * LOG2E if self.binary and self.op.softcap is None else self.op.scale)
+            total = " + ".join(f"tl.sum(q_tile{s}.to(tl.float32), 0)" for s in self.k.parts)
+            self.emit(f"q_total = ({total}) * {literal(1 / self.k.unit)}")
+        if self.warps:
+            every = f"({self.plan.num_warps}, {self.k.width}, {self.plan.rows})"
+            self.emit(*(f"q_tile{s} = tl.broadcast_to(q_tile{s}[None], {every})" for s in self.k.parts))
+        factor = self.op.scale * self.k.unit
+        scale = literal(factor * LOG2E if self.binary and self.op.softcap is None else factor)
         self.scale = scale
         if self.operands.scale is not None:
             divides = "/" if self.op.scale_divides else "*"
@@ -128,7 +133,11 @@ class _Split(Writer):
 
     def walk(self) -> None:
         plan, k, v = self.plan, self.k, self.v
-        self.emit(f"step = tl.arange(0, {plan.block})")
+        if self.warps:
+            each = plan.block // plan.num_warps
+            self.emit(f"step = tl.arange(0, {plan.num_warps})[:, None] * {each} + tl.arange(0, {each})[None, :]")
+        else:
+            self.emit(f"step = tl.arange(0, {plan.block})")
         for side in (k, v):
             batch = {} if side.operand.page else {"batch": "batch"}
             if side.word:
@@ -136,12 +145,12 @@ class _Split(Writer):
             base = self.along(f"{side.name}_base" if side.word else side.name, side.strides, **batch, head="kv_head")
             self.emit(f"{side.name}_base = {base}")
             self.of_head(side)
-        self.emit(f'm = tl.full(({plan.rows},), float("-inf"), tl.float32)')
-        self.emit(f"l = tl.zeros({self.shape(plan.block)}, tl.float32)")
+        self.emit(f'm = tl.full({self.shape()}, float("-inf"), tl.float32)')
+        self.emit(f"l = tl.zeros({self.shape(plan.block // (*self.warps, 1)[0])}, tl.float32)")
         for suffix in v.parts:
             self.emit(f"acc{suffix} = tl.zeros({self.shape(v.width)}, tl.float32)")
         if v.shifts:
-            self.emit(f"surplus = tl.zeros(({plan.rows},), tl.float32)")
+            self.emit(f"surplus = tl.zeros({self.shape()}, tl.float32)")
         self.look_ahead("begin")
         self.emit(f"for block in range(begin, end{', active' if self.splitting else ''}):")
         self.level += 1
@@ -152,7 +161,7 @@ class _Split(Writer):
         self.load(k)
         product = ""
         for suffix in k.parts:
-            self.emit(f"s = {self.dot(k.decoded(suffix, self.of_key), f'q_tile{suffix}', product)}")
+            self.emit(f"s = {self.dot(f'k_tile{suffix}', f'q_tile{suffix}', product)}")
             product = ", s"
         if k.shifts:
             self.emit(f"s = s - {k.along_keys(k.zero(), 'zero', self.of_key)} * q_total{self.of_row}")
@@ -164,33 +173,30 @@ class _Split(Writer):
         if not self.sees_first_key():
             base = "base"
             self.emit('base = tl.where(m_new == float("-inf"), 0.0, m_new)')
-        self.emit(f"alpha = {self.exp(f'm - {base}')}", f"p = {self.exp(f's - {base}{self.of_row}')}")
-        self.emit("m = m_new", f"l = l * alpha{self.of_row} + p")
+        self.emit(f"alpha = {self.exp(f'm - {base}')}", f"p = {self.exp(f's - {base}{self.kept}')}")
+        self.emit("m = m_new", f"l = l * alpha{self.kept} + p")
         self.load(v)
         weight = f"p * {v.along_keys('v_scale_here', 'scale', self.of_key)}" if v.operand.scale is not None else "p"
         self.emit(f"weight = ({weight}).to(tl.{str(self.op.dtype).removeprefix('torch.')})")
         for suffix in v.parts:
-            self.emit(f"acc{suffix} = acc{suffix} * alpha{self.of_row}")
-            self.emit(f"acc{suffix} = {self.dot(v.decoded(suffix, self.of_row), 'weight', f', acc{suffix}')}")
+            self.emit(f"acc{suffix} = acc{suffix} * alpha{self.kept}")
+            self.emit(f"acc{suffix} = {self.dot(f'v_tile{suffix}', 'weight', f', acc{suffix}')}")
         if v.shifts:
             zero = v.along_keys(v.zero(), "zero", self.of_key)
             self.emit(f"surplus = surplus * alpha + tl.sum(weight.to(tl.float32) * {zero}, {self.key_axis})")
         self.level -= 1
-        if v.shifts:
-            self.emit(*(f"acc{suffix} = acc{suffix} - surplus{self.of_row}" for suffix in v.parts))
 
-    def shape(self, other: int) -> str:
-        """That of a tensor of keys or columns, and rows."""
-        return f"({self.plan.rows}, {other})" if self.coded else f"({other}, {self.plan.rows})"
+    def shape(self, *other: int) -> str:
+        """That of a tensor of keys or columns, and rows, or of rows alone."""
+        return f"({', '.join(map(str, (*self.warps, *other, self.plan.rows)))},)"
 
     def dot(self, stored: str, rows: str, accumulator: str) -> str:
-        factors = f"{rows}, {stored}" if self.coded else f"{stored}, {rows}"
-        return f'tl.dot({factors}{accumulator}, input_precision="{self.precision}")'
+        return f'tl.dot({stored}, {rows}{accumulator}, input_precision="{self.precision}")'
 
     def load(self, side: Stored) -> None:
         """A tile of keys or values."""
         operand, name = side.operand, side.name
-        keys, columns = (self.of_key, self.of_row) if side is self.k else (self.of_row, self.of_key)
+        keys, columns = self.axes(side)
         if operand.page:
             index = {"batch": "page" if self.one_page else f"page{keys}", "row": f"(n % {operand.page}){keys}"}
         else:
@@ -200,6 +206,18 @@ class _Split(Writer):
         bounds = " & ".join(b for b in (f"(n < length){keys}", side.bound(columns)) if b)
         cast = "" if operand.codes is not None else self.cast(operand)
         self.emit(f"{name}_tile = tl.load({at}, mask={bounds}{other}){cast}")
+        if side.word:
+            self.emit(f"{', '.join(f'{name}_tile{s}' for s in side.parts)} = {name}_numbers({name}_tile)")
+        if side.moved:
+            zero = side.along_keys(side.zero(), "zero", keys)
+            self.emit(*(f"{name}_tile{s} = {name}_tile{s} - {zero}" for s in side.parts))
+
+    def axes(self, side: Stored) -> tuple[str, str]:
+        """Along which keys and columns of a tile lie: a product sums over the last axis of its first factor."""
+        keys, columns = ("[:, :, None]", "[None, None, :]") if self.warps else ("[:, None]", "[None, :]")
+        if side is self.k:
+            return keys, columns
+        return ("[:, None, :]", "[None, :, None]") if self.warps else ("[None, :]", "[:, None]")
 
     @property
     def by_key(self) -> dict[str, Operand]:
@@ -225,11 +243,21 @@ class _Split(Writer):
         table = self.operands.table
         if table is None:
             return
-        key = f"block * {self.plan.block}" if self.one_page else "n"
-        index = {"batch": "batch", "column": f"({key}) // {self.operands.k.page}"}
-        at = self.along("table", (table.strides[0], 0, 0, table.strides[1]), **index)
-        mask = "" if self.one_page else ", mask=n < length, other=0"
-        self.emit(f"page = tl.load({at}{mask}).to(tl.int64)")
+        size, block = self.operands.k.page, self.plan.block
+        strides = (table.strides[0], 0, 0, table.strides[1])
+        if self.one_page or block % size or block // size > MOST_ENTRIES:
+            key, mask = (f"block * {block}", "") if self.one_page else ("n", ", mask=n < length, other=0")
+            at = self.along("table", strides, batch="batch", column=f"({key}) // {size}")
+            self.emit(f"page = tl.load({at}{mask}).to(tl.int64)")
+        else:
+            # each entry once, not once for each of its keys
+            entries = range(block // size)
+            for i in entries:
+                key = f"block * {block} + {i * size}"
+                at = self.along("table", strides, batch="batch", column=f"({key}) // {size}")
+                self.emit(f"page_{i} = tl.load({at}, mask={key} < length, other=0)")
+            self.emit("page = " + " + ".join(f"tl.where(step // {size} == {i}, page_{i}, 0)" for i in entries))
+            self.emit("page = page.to(tl.int64)")
         self.emit(f"page = tl.where(page < 0, page + {self.size('blocks_held', table.blocks)}, page)")
 
     def of_head(self, side: Stored) -> None:
@@ -271,23 +299,40 @@ class _Split(Writer):
         self.emit(f's = tl.where({" & ".join(seen)}, s, float("-inf"))')
 
     def finish(self) -> None:
-        row = self.row_bound(self.of_row)
-        stored = " & ".join(b for b in (row, self.v.bound(self.of_key)) if b)
-        mask = f", mask={stored}" if stored else ""
+        v, beside = self.v, ""
+        if v.word:  # the numbers of a word side by side, as they are stored
+            beside, shape = ", None", (*self.warps, v.width, self.plan.rows, WORD)
+            self.emit(f"acc = tl.reshape(tl.join(tl.join(acc_0, acc_2), tl.join(acc_1, acc_3)), {shape})")
+        if v.unit != 1.0:
+            self.emit(f"acc = acc * {literal(v.unit)}")
+        if v.shifts:
+            self.emit(f"acc = acc - surplus{self.kept[:-1]}{beside}]")
         self.emit(f"total = tl.sum(l, {self.key_axis})")
+        if self.warps:
+            self.meet(beside)
+        of_row, of_column = f"[None, :{beside}]", f"[:, None{beside}]"
+        column = f"c{of_column}"
+        if v.word:
+            self.emit(f"place = tl.arange(0, {WORD})[None, None, :]")
+            column = f"({v.column(column, 'place')})"
+        row = self.row_bound(of_row)
+        stored = " & ".join(b for b in (row, v.bound(of_column)) if b)
+        mask = f", mask={stored}" if stored else ""
         if not self.splitting:
-            for suffix, column in self.v.parts.items():
-                index = self.of_query(self.of_row) | {"column": f"({column}){self.of_key}"}
-                at = self.along("out", self.operands.out.strides, **index)
-                self.emit(f"tl.store({at}, {self.result(f'acc{suffix}', f'total{self.of_row}')}{mask})")
+            at = self.along("out", self.operands.out.strides, column=column, **self.of_query(of_row))
+            self.emit(f"tl.store({at}, {self.result('acc', f'total{of_row}')}{mask})")
             return
         self.emit(f"slot = (pair.to(tl.int64) * {self.plan.splits} + split) * {self.rows} + row")
-        for suffix, column in self.v.parts.items():
-            at = f"partial + slot{self.of_row} * {self.op.v_dim} + ({column}){self.of_key}"
-            self.emit(f"tl.store({at}, acc{suffix}{mask})")
+        self.emit(f"tl.store(partial + slot{of_row} * {self.op.v_dim} + {column}, acc{mask})")
         bound = f", mask={self.row_bound('')}" if row else ""
         self.emit(f"tl.store(stats + slot * 2, m{bound})", f"tl.store(stats + slot * 2 + 1, total{bound})")
         self.gather()
+
+    def meet(self, beside: str) -> None:
+        """Adds up what the warps of a program found of their keys."""
+        self.emit("most = tl.max(m, 0)", 'base = tl.where(most == float("-inf"), 0.0, most)')
+        self.emit(f"share = {self.exp('m - base[None, :]')}", "m = most", "total = tl.sum(total * share, 0)")
+        self.emit(f"acc = tl.sum(acc * share[:, None, :{beside}], 0)")
 
     def gather(self) -> None:
         """The last program of a tile adds up what all of them have left, some rows and splits at a time."""

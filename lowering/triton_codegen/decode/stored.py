@@ -16,21 +16,47 @@ from dataclasses import dataclass
 import torch
 
 from ....fused import WORD
-from ..pointwise import literal
+from ..pointwise import TYPES, literal
 from .operands import Axes, Operand, power_of_two
 
 FLOATS = {torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5"}
 
 
 @dataclass(frozen=True)
+class _Pair:
+    """Two 16-bit floating-point numbers in a register: 2^`lowest` is the least one, 2^`largest` the largest power.
+
+    An integer below 256 as the lowest bits of a number is that many times the least one, exactly, subnormal or not.
+    Multiplied by the largest power it is far from both ends.
+    """
+
+    name: str
+    mantissa: int
+    bias: int
+    lowest: int
+    largest: int
+
+    def bits(self, power: int, *, negative: bool = False) -> str:
+        """2^`power`, twice."""
+        return f"{(power + self.bias << self.mantissa | negative << 15) * 0x10001:#010x}"
+
+
+_PAIRS = {torch.bfloat16: _Pair("bf16x2", 7, 127, -133, 127), torch.float16: _Pair("f16x2", 10, 15, -24, 15)}
+
+
+@dataclass(frozen=True)
 class Stored:
-    """The reading of `name`, "k" or "v": rows of `size` elements, indexed by `index`, as `dtype` in a product."""
+    """The reading of `name`, "k" or "v": rows of `size` elements, indexed by `index`, as `dtype` in a product.
+
+    `native`: by instructions of NVIDIA.
+    """
 
     name: str
     index: str
     size: int
     operand: Operand
     dtype: torch.dtype
+    native: bool = False
 
     @property
     def word(self) -> str:
@@ -59,39 +85,92 @@ class Stored:
     @property
     def parts(self) -> dict[str, str]:
         """By suffix, the elements of a row that one product is of, as text."""
-        codes = self.operand.codes
-        if codes is None:
+        if self.operand.codes is None:
             return {"": self.index}
-        if codes.packed == "halves":
-            half = self.size // 2
-            return {f"_{i}": f"2 * {self.index} + {i // 2 + i % 2 * half}" for i in range(WORD)}
-        return {f"_{i}": f"{WORD} * {self.index} + {i}" for i in range(WORD)}
+        return {f"_{i}": self.column(self.index, str(i)) for i in range(WORD)}
+
+    def column(self, word: str, place: str) -> str:
+        """The element of a row whose code has a place in a word, as text."""
+        if self.operand.codes is not None and self.operand.codes.packed == "halves":
+            return f"2 * {word} + {place} // 2 + {place} % 2 * {self.size // 2}"
+        return f"{WORD} * {word} + {place}"
 
     def bound(self, axis: str) -> str:
         return f"({self.index} < {self.length}){axis}" if self.length != self.width else ""
 
-    def decoded(self, suffix: str, axis: str) -> str:
-        """What the product of a part is of, from the tile that was loaded; keys lie along `axis`."""
-        codes, tile = self.operand.codes, f"{self.name}_tile"
-        if codes is None:
-            return tile
-        place = int(suffix.removeprefix("_"))
+    # ---- codes --------------------------------------------------------------------------------------
+    @property
+    def _paired(self) -> bool:
+        """Whether two numbers at a time are made of codes by instructions of NVIDIA."""
+        codes = self.operand.codes
+        return self.native and codes is not None and not codes.dtype.is_floating_point and self.dtype in _PAIRS
+
+    @property
+    def unit(self) -> float:
+        """What the numbers of a product are to be multiplied by."""
+        return 2.0 ** -(_PAIRS[self.dtype].lowest + _PAIRS[self.dtype].largest) if self._paired else 1.0
+
+    @property
+    def function(self) -> str:
+        """A function of words, the four numbers of each."""
+        body = self._instructions() if self._paired else ", ".join(self._number(i) for i in range(WORD))
+        return f"@triton.jit\ndef {self.name}_numbers(words):\n    return {body}\n\n"
+
+    def _number(self, place: int) -> str:
+        codes = self.operand.codes
+        assert codes is not None
+        byte = f"words >> {8 * place} & 255"
         if codes.dtype.is_floating_point:
-            byte = f"({tile} >> {8 * place} & 255).to(tl.uint8).to({FLOATS[codes.dtype]}, bitcast=True)"
-            number = f"{byte}.to(tl.float16).to(tl.float32)"
+            number = f"({byte}).to(tl.uint8).to({FLOATS[codes.dtype]}, bitcast=True).to(tl.float16).to(tl.float32)"
         else:
             # an integer below 2²³ in the mantissa of 2²³ needs no conversion; signed ones are counted from −128
-            code = f"{tile}.to(tl.int32) >> {4 * place} & 15" if codes.packed else f"{tile} >> {8 * place} & 255"
+            code = f"words.to(tl.int32) >> {4 * place} & 15" if codes.packed else byte
             code, less = (f"{code} ^ 128", 8388736.0) if codes.dtype == torch.int8 else (code, 8388608.0)
             number = f"(({code} | 0x4B000000).to(tl.float32, bitcast=True) - {less})"
-        if self._shifted and not self.shifts:
-            number += f" - {self.along_keys(self.zero(), 'zero', axis)}"
-        return f"({number}).to(tl.{str(self.dtype).removeprefix('torch.')})"
+        return f"({number}).to({TYPES[self.dtype]})"
+
+    def _instructions(self) -> str:
+        """Two words at a time, of which each register of a result has one number."""
+        codes, pair = self.operand.codes, _PAIRS[self.dtype]
+        assert codes is not None
+        factor = pair.bits(pair.largest)
+        if codes.packed:
+            high = pair.bits(pair.largest - 4)  # of a nibble that stands four bits further up
+            made = "".join(
+                f"{'shr.u32 a, $4, 8;' if i == 2 else ''}and.b32 ${i}, {'a' if i > 1 else '$4'}, {mask};"
+                f"fma.rn.{pair.name} ${i}, ${i}, {times}, none;"
+                for i, (mask, times) in enumerate((("0x000f000f", "low"), ("0x00f000f0", "high")) * 2)
+            )
+            text = f"mov.b32 low, {factor}; mov.b32 high, {high}; mov.b32 none, 0x80008000; {made}"
+            registers, inputs = "a, low, high, none", "r"
+        else:
+            signed = codes.dtype == torch.int8
+            less = pair.bits(7 + pair.lowest + pair.largest, negative=True) if signed else "0x80008000"
+            sign = "0x00800080" if signed else "0"
+            shifts = "shr.u32 a, a, 8; shr.u32 b, b, 8;"
+            made = "".join(
+                f"{shifts if i == 2 else ''}lop3.b32 ${i}, {'ab'[i % 2]}, 0x00ff00ff, {sign}, 0x6a;"
+                f"fma.rn.{pair.name} ${i}, ${i}, times, less;"
+                for i in range(WORD)
+            )
+            text = f"mov.b32 times, {factor}; mov.b32 less, {less};"
+            text += f"prmt.b32 a, $4, $5, 0x6420; prmt.b32 b, $4, $5, 0x7531; {made}"
+            registers, inputs = "a, b, times, less", "r,r"
+        outputs = ", ".join([TYPES[self.dtype]] * WORD)
+        return (
+            f'tl.inline_asm_elementwise(\n        "{{ .reg .b32 {registers}; {text} }}",\n'
+            f'        "=&r,=&r,=&r,=&r,{inputs}", [words], dtype=({outputs}), is_pure=True, pack=2,\n    )'
+        )
 
     @property
     def shifts(self) -> bool:
         """Whether zeros are taken from the product with codes."""
         return self._shifted and self.dtype != torch.float32
+
+    @property
+    def moved(self) -> bool:
+        """Whether zeros are taken from numbers before the product."""
+        return self._shifted and not self.shifts
 
     @property
     def _shifted(self) -> bool:

@@ -23,6 +23,7 @@ class Writer:
 
     def __init__(self, op: Attention, plan: Plan, operands: Operands) -> None:
         self.op, self.plan, self.operands = op, plan, operands
+        self.functions: list[str] = []  # that the kernel calls
         self.lines: list[str] = []
         self.level = 1
         self.sizes: dict[str, Size] = {}
@@ -31,10 +32,13 @@ class Writer:
         # Scores are kept in units of log 2, so that exponentials need no factor. Not where float32 has to be exact, nor
         # where a mask that is added may be near the least number, which leaves no room for the factor.
         self.binary = not self.additive and op.dtype != torch.float32
-        # Keys before rows, or after them where codes become numbers (see source.py)
-        self.coded = operands.k.codes is not None or operands.v.codes is not None
-        self.of_key, self.of_row = ("[None, :]", "[:, None]") if self.coded else ("[:, None]", "[None, :]")
-        self.key_axis = 1 if self.coded else 0
+        # Axes of scores: keys, rows; in front of them warps that have keys of their own. What is kept of every row is
+        # kept by each of these.
+        own = plan.own_keys
+        self.warps = (plan.num_warps,) if own else ()
+        self.of_key, self.of_row = ("[:, :, None]", "[None, None, :]") if own else ("[:, None]", "[None, :]")
+        self.kept = "[:, None, :]" if own else "[None, :]"
+        self.key_axis = len(self.warps)
 
     def emit(self, *lines: str) -> None:
         self.lines.extend(INDENT * self.level + line for line in lines)
@@ -56,7 +60,7 @@ class Writer:
         return " + ".join([tensor, *terms])
 
     def module(self, name: str, tensors: dict[str, torch.dtype], outputs: tuple[str, ...]) -> KernelSource:
-        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}("]
+        head = ["import triton", "import triton.language as tl", "", "", *self.functions, "@triton.jit", f"def {name}("]
         head += [f"{INDENT}{argument}," for argument in (*tensors, *self.sizes)] + ["):"]
         # Triton deals its stages out evenly to a load and to the one that its address comes from, a table's
         stages = self.plan.num_stages if self.operands.table is None else 2 * self.plan.num_stages - 1
@@ -126,7 +130,7 @@ class Writer:
     def sees_first_key(self) -> bool:
         """Whether every row of a program sees a key in the program's first block, so that m is finite from then on."""
         mask = self.op.mask
-        if mask.padding is not None:  # a length may be 0
+        if mask.padding is not None or self.plan.own_keys:  # a length may be 0, and the last block not full
             return False
         alone = mask.kind == "causal" and int(self.op.q_len) == 1 and mask.window is None and mask.chunk is None
         counts = mask.kind in ("none", "length") or alone
