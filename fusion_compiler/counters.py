@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.fx import Node
 
@@ -43,6 +45,8 @@ def _advances(node: Node) -> bool:
 
 def _match(nodes: list[Node]) -> Match:
     last, others = nodes[-1], tuple(nodes[:-1])
-    steps, dtypes = tuple(n.args[1] for n in nodes), tuple(n.meta["val"].dtype for n in nodes)
+    counted = [cast("tuple[Node, int]", n.args) for n in nodes]
+    counters, steps = (tuple(part) for part in zip(*counted, strict=True))
+    dtypes = tuple(n.meta["val"].dtype for n in nodes)
     op = Counters(steps, (len(nodes) - 1, *range(len(nodes) - 1)), dtypes)
-    return Match(PATTERN, op, Site(tuple(n.args[0] for n in nodes), last, tuple(nodes), others=others))
+    return Match(PATTERN, op, Site(counters, last, tuple(nodes), others=others))
