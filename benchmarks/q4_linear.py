@@ -1,7 +1,7 @@
 """Linears with Q4_0 weights, fp16: what our kernels make of the eager spelling, beside what else could be done.
 
 python -m benchmarks.q4_linear                            M = 1 … 1024 at 4096², 4096×14336 (K×N) and 8192²
-python -m benchmarks.q4_linear --only "4096×14336 M=1 " --json figures.json
+python -m benchmarks.q4_linear --only 4096×14336 --rows 1,16 --json figures.json
 python -m benchmarks.q4_linear --merge one.json other.json --json figures.json --plot figure.svg
 
 fp16: cuBLAS on a weight that is stored dequantised. tinygemm: torch's int4 kernel, its own format. ours, Q8_1: with

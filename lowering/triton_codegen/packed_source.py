@@ -16,28 +16,33 @@ from .pointwise import TYPES
 from .swap_source import Swap
 from .writer import Facts, KernelSource
 
-# A byte with 0x64 (0x43) above it is the float16 1024 + byte (the bfloat16 128 + byte): no conversion is needed.
-# bfloat16 has no subtraction before sm_90, so it is 1 · a − b there.
-_NATIVE = {
-    torch.float16: (0x64, 0x6400, "sub.f16x2 ${0}, ${0}, c;", "mov.b32 one, 0;"),
-    torch.bfloat16: (0x43, 0x4300, "fma.rn.bf16x2 ${0}, ${0}, one, c;", "mov.b32 one, 0x3f803f80;"),
-}
 
-
+# A byte with 0x64 (0x43) above it is the float16 1024 + byte (the bfloat16 128 + byte): no conversion is needed. A high
+# code stays where it is in float16: 1024 + 16 · code becomes code − zero in one exact step. bfloat16 has no subtraction
+# before sm_90, so it is 1 · a − b there, and no room for 16 · code.
 def _unpacking(dtype: torch.dtype, zero: int) -> str:
     """A function of four bytes at a time in PTX: (low − zero, high − zero) as `dtype`."""
-    above, base, subtract, one = _NATIVE[dtype]
-    pair = (base + zero) * 0x10001 if dtype == torch.float16 else (0xC300 + zero) * 0x10001
+    half = dtype == torch.float16
+    above = 0x64646464 if half else 0x43434343
     merges = "".join(
         f"prmt.b32 ${out}, {part}, c, {selector:#x};"
         for out, part, selector in ((0, "a", 0x4140), (1, "a", 0x4342), (2, "b", 0x4140), (3, "b", 0x4342))
     )
+    if half:
+        high, pair, sixteenth = "and.b32 b, $4, 0xf0f0f0f0;", (0x6400 + zero) * 0x10001, 0x2C002C00
+        low = "".join(f"sub.f16x2 ${i}, ${i}, c;" for i in (0, 1))
+        offset = (0xD400 + 16 * zero) * 0x10001  # −(64 + zero)
+        moved = "".join(f"fma.rn.f16x2 ${i}, ${i}, one, c;" for i in (2, 3))
+        numbers = f"mov.b32 c, {pair:#x}; {low} mov.b32 one, {sixteenth:#x}; mov.b32 c, {offset:#x}; {moved}"
+    else:
+        high, pair = "shr.u32 b, $4, 4; and.b32 b, b, 0x0f0f0f0f;", (0xC300 + zero) * 0x10001
+        moved = "".join(f"fma.rn.bf16x2 ${i}, ${i}, one, c;" for i in range(4))
+        numbers = f"mov.b32 one, 0x3f803f80; mov.b32 c, {pair:#x}; {moved}"
     return f"""@triton.jit
 def unpacked(codes):
     return tl.inline_asm_elementwise(
-        "{{ .reg .b32 a, b, c, one; and.b32 a, $4, 0x0f0f0f0f; shr.u32 b, $4, 4; and.b32 b, b, 0x0f0f0f0f; {one}"
-        "mov.b32 c, {above * 0x01010101:#x}; {merges}"
-        "mov.b32 c, {pair:#x}; {"".join(subtract.format(i) for i in range(4))} }}",
+        "{{ .reg .b32 a, b, c, one; and.b32 a, $4, 0x0f0f0f0f; {high} mov.b32 c, {above:#x}; {merges}"
+        "{numbers} }}",
         "=&r,=&r,=&r,=&r,r", [codes], dtype=({TYPES[dtype]}, {TYPES[dtype]}), is_pure=True, pack=4,
     )
 """
