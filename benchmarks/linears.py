@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import harness, parts
+from .gated_mlp import gated_mlp
 
 EPS = 1e-5
 
@@ -75,6 +76,7 @@ CASES = {
     "residual down 1B": Case(residual, 8192, (2048,)),
     "gelu up 1B": Case(gelu, 2048, (8192,)),
     "layer_linear 8B": Case(layer_linear, 4096, (4096,)),
+    "gated_mlp 1B": Case(gated_mlp, 2048, (8192, 8192)),
     "rms_qkv 1B": Case(rms_qkv, 2048, (2048, 512, 512)),
     "residual down 8B": Case(residual, 14336, (4096,)),
     "residual down 1B ×4": Case(residual, 8192, (2048,) * 4),
@@ -96,7 +98,8 @@ def place(name: str, args: argparse.Namespace) -> tuple[FunctionType, Callable[[
         return x, norm, *added, *weights
 
     features = sum(widths)
-    results = m * (2 * widths[0] if case.function is residual else features)
+    # a residual is read where a result is written
+    results = m * {residual: 2 * widths[0], gated_mlp: widths[0]}.get(case.function, features)
     moved = case.stored.itemsize * k * features + dtype.itemsize * (m * k + results)
     return case.function, make, harness.floor_seconds(moved, 2 * m * k * features, dtype)
 
@@ -106,7 +109,7 @@ def prepare(args: argparse.Namespace, item: Item) -> Callable[[], dict[str, Any]
     function, make, floor = place(item.name, args)
     inputs = harness.rotated(make, torch.device(args.device))
     late = {}
-    if args.max_autotune:
+    if args.max_autotune and any(text in item.name for text in args.tuned.split(",")):
         late["max-autotune"] = functools.partial(parts.tuned, function, inputs[0])
         parts.tuned(function, inputs[0])
     reference = function(*(t.float() for t in inputs[0]))
@@ -127,6 +130,9 @@ def in_turn(names: Sequence[str], args: argparse.Namespace) -> list[harness.Row]
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=15)
     parser.add_argument("--rows", default="16,1", help="values of M (default %(default)s)")
+    parser.add_argument(
+        "--tuned", default="qkv,gated", help="rows with --max-autotune, as --only (default %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=10, help=parts.JOBS)
     parser.add_argument("--seconds", type=float, default=math.inf, help=parts.SECONDS)
     args = parser.parse_args()
