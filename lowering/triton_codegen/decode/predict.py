@@ -33,7 +33,7 @@ from ....cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
 from ....fused import Attention, Codes, StoredAttention
 from ....machine import Machine
 from .operands import Plan, as_stored, power_of_two, query_rows, row_tiles
-from .source import GATHERED_SPLITS, gathered
+from .source import GATHERED_SPLITS, by_entries, gathered
 
 TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the memory idle, more costs resident programs
 WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
@@ -67,7 +67,8 @@ class Constants:
     half: float  # of four bits
     float8: float
     meet: float  # until the results of warps that have keys of their own are one
-    page: float  # per step whose keys lie in several pages
+    page: float  # per step that reads an entry of the table for each key,
+    entry: float  # or only one for each page
 
 
 @functools.cache
@@ -170,8 +171,9 @@ def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, ke
             each = known.half if code.packed else known.float8 if code.dtype.is_floating_point else known.code
             work += each * plan.block * width
     step = step + work * together
-    if stored.pages is not None and stored.pages.size % plan.block:
-        step = step + known.page
+    if stored.pages is not None:
+        size = stored.pages.size
+        step = step + (known.entry if size % plan.block == 0 or by_entries(plan, size) else known.page)
     steps = waves * ceil_div(blocks, active)
     chain = (steps - 1) * step
     moved = pairs * keys * _bytes_per_key(stored)

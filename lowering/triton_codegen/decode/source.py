@@ -27,7 +27,7 @@ from .writer import LOG2E, Writer
 
 NAME = "decode_attention"
 WORKSPACE = {"partial": torch.float32, "stats": torch.float32}
-MOST_ENTRIES = 8  # of the table that are read one by one
+MOST_ENTRIES = 4  # of the table that are read one by one: eight took as long as one for each key
 GATHERED_ELEMENTS = 512  # of the rows' results that the last program adds up at a time
 GATHERED_SPLITS = 16  # that it reads at a time
 
@@ -35,6 +35,11 @@ GATHERED_SPLITS = 16  # that it reads at a time
 def write(op: Attention, plan: Plan, operands: Operands, *, native: bool = False) -> KernelSource:
     """The kernel, for the grid (batch · kv_heads · row tiles, splits); `native`: with NVIDIA's instructions."""
     return _Split(op, plan, operands, native=native).write()
+
+
+def by_entries(plan: Plan, page: int) -> bool:
+    """Whether the keys of a step lie in so few whole pages that each entry of the table is read once."""
+    return plan.block % page == 0 and plan.block // page <= MOST_ENTRIES
 
 
 def gathered(op: Attention, plan: Plan) -> tuple[int, int]:
@@ -245,7 +250,7 @@ class _Split(Writer):
             return
         size, block = self.operands.k.page, self.plan.block
         strides = (table.strides[0], 0, 0, table.strides[1])
-        if self.one_page or block % size or block // size > MOST_ENTRIES:
+        if self.one_page or not by_entries(self.plan, size):
             key, mask = (f"block * {block}", "") if self.one_page else ("n", ", mask=n < length, other=0")
             at = self.along("table", strides, batch="batch", column=f"({key}) // {size}")
             self.emit(f"page = tl.load({at}{mask}).to(tl.int64)")
