@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fusion_compiler.algebra import Algebra, Value
 from fusion_compiler.fused import Extra, MatmulFamily, RowNorm
 from fusion_compiler.lowering.triton_codegen.aot import constexprs
+from fusion_compiler.lowering.triton_codegen.footprint import sums_left
 from fusion_compiler.lowering.triton_codegen.plans import Plan
 from fusion_compiler.lowering.triton_codegen.source import facts, write
 from fusion_compiler.splice import load_kernel
@@ -120,8 +121,7 @@ def run(operands: Operands, plan: Plan, *, runtime_m: bool = False) -> torch.Ten
     source = write(op, plan, dataclasses.replace(known, m=None) if runtime_m else known)
     out = torch.full((int(op.m), int(op.n)), float("nan"), dtype=op.out_dtype)
     workspace: tuple[torch.Tensor, ...] = ()
-    if plan.kind == "split":
-        held = plan.programs(plan.rows, int(op.n)) * plan.block_n * plan.rows
+    if held := sums_left(op, plan):
         workspace = torch.full((held,), float("nan")), torch.zeros(int(op.n), dtype=torch.int32)
     arguments: dict[str, object] = dict(zip(source.tensors, (*operands.flat(), *workspace, out), strict=True))
     arguments |= {name: TensorDescriptor.from_tensor(arguments[name], list(block)) for name, block in source.blocks}

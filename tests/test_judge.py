@@ -60,12 +60,18 @@ def test_a_vendor_kernel_with_repeated_heads_has_no_scores_to_save() -> None:
     assert "scores (" not in decision.reason
 
 
-@pytest.mark.parametrize(("m", "verdict"), [(1, "fused"), (16, "fused"), (64, "fused"), (4096, "kept")])
-def test_gated_mlp_on_an_h200(m: int, verdict: str) -> None:
-    def with_norm(x: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return gated_mlp(torch.nn.functional.rms_norm(x, (2048,), scale, 1e-6), gate, up)
+@pytest.mark.parametrize(
+    ("k", "n", "m", "verdict"),
+    [(2048, 8192, 1, "fused"), (2048, 8192, 16, "fused"), (2048, 8192, 64, "fused"), (2048, 8192, 4096, "fused"),
+     (8192, 3584, 512, "kept")],
+)  # fmt: skip
+def test_gated_mlp_on_an_h200(k: int, n: int, m: int, verdict: str) -> None:
+    """Many rows pay where K is short, for then the products are a large part of what moves."""
 
-    shapes = ((m, 2048), (2048,), (8192, 2048), (8192, 2048))
+    def with_norm(x: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return gated_mlp(torch.nn.functional.rms_norm(x, (k,), scale, 1e-6), gate, up)
+
+    shapes = ((m, k), (k,), (n, k), (n, k))
     decision = decided("gated_mlp", with_norm, *(torch.empty(s, dtype=BF16, device="meta") for s in shapes), on=H200)
     assert decision.verdict == verdict
     if verdict == "kept":

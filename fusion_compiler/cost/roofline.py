@@ -26,6 +26,7 @@ from .efficiency import AttentionKernel, efficiency
 SATURATING_SMS = 0.5
 # Fewer tiles than this fraction of the SMs, and the vendor's GEMM splits K.
 BUSY_SMS = 0.75
+FLOAT32_BYTES = 4
 
 
 def roofline(
@@ -130,7 +131,11 @@ def library_matmul_seconds(
         waves = batch * ceil_div(m, rows) * ceil_div(n, tile_n) / machine.num_sms
         times.append(maximum(1, (waves + ceil_div(waves, 1)) / 2) * tile_seconds)
         if found.split_seconds:
-            times.append(where(greater(1, waves), waves, (waves + 1)) * tile_seconds)
+            # where K is split, as many blocks as there are units leave their sums in L2, to be read again
+            sums = 2 * FLOAT32_BYTES * rows * tile_n * machine.num_sms / machine.l2_bandwidth
+            times.append(
+                where(greater(1, waves), waves, waves + 1) * tile_seconds + where(greater(0.5, waves), sums, 0.0)
+            )
     if found.tiles and found.split_seconds:
         # the last tile is the smallest: where even that is too large to keep the units busy, K is split
         memory = memory + where(greater(BUSY_SMS, waves), found.split_seconds, 0.0)

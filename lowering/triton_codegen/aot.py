@@ -77,7 +77,7 @@ def constexprs(
         "w_stride": int(whole.n if whole.weight_is_kn else whole.k) if w_stride is None else w_stride,
     }
     sizes = {"N": int(whole.n), "K": int(whole.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
-    return sizes if plan.kind == "tile" else strides | sizes
+    return sizes if plan.tiled else strides | sizes
 
 
 def resources(compiled: Any) -> Resources:

@@ -21,7 +21,7 @@ def step_bytes(op: MatmulFamily, plan: Plan) -> int:
 def shared_memory(op: MatmulFamily, plan: Plan) -> int:
     """Upper estimate of a block's shared memory: every stage holds the weight tiles and the tile of x."""
     weights = step_bytes(op, plan)
-    if plan.kind == "tile":
+    if plan.tiled:
         x_tile = plan.rows * plan.block_k * op.dtype.itemsize
         # x and the norm's weight wait for no matrix unit, so they have one stage less
         y = (plan.num_stages - 1) * (x_tile + plan.block_k * op.dtype.itemsize) if op.norm else plan.num_stages * x_tile
@@ -43,12 +43,22 @@ def registers(op: MatmulFamily, plan: Plan) -> int:
     if plan.kind == "gemv":
         partial = op.weights * plan.rows * plan.block_n * plan.block_k // plan.lanes
         return 40 + (partial + step_bytes(op, plan) // 4) // threads + 16 * (plan.rows - 1)
-    if plan.kind == "tile":
+    if plan.tiled:
         # the accumulators, and a normalised tile of x with its squares
         return 40 + plan.rows * (op.weights * plan.block_n + (plan.block_k if op.norm else 0)) // threads
     tile = plan.rows * (op.weights * plan.block_n + (plan.block_k // 2 if op.norm else 0))
     gram = plan.rows * plan.rows if plan.gram else 0
     return 36 + plan.slices * (tile + gram) // threads
+
+
+def sums_left(op: MatmulFamily, plan: Plan) -> int:
+    """How many float32 sums blocks that share K leave in memory for each other; 0 where none do."""
+    if plan.kind == "split":
+        return plan.programs(plan.rows, int(op.n)) * plan.block_n * plan.rows
+    if plan.kind == "shared":
+        left = plan.shares(int(op.m), int(op.n), int(op.k)).left
+        return left * op.weights * plan.rows * plan.block_n
+    return 0
 
 
 def resident_blocks(op: MatmulFamily, plan: Plan, machine: Machine) -> int:

@@ -49,6 +49,8 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
         planned = [(plan, m) for plan in dict.fromkeys(several)]
     else:
         likely = ((plan, limit) for limit in ROW_LIMITS for plan in best_plans(op, machine, limit))
+        # how blocks share tiles is part of the text, so these need to know M
+        likely = ((plan, limit) for plan, limit in likely if plan.kind != "shared")
         planned = list(dict.fromkeys((plan, m if plan.kind == "tile" else limit) for plan, limit in likely))
     found = [_candidate(op, machine, plan, rows) for plan, rows in planned]
     if not found:
@@ -76,7 +78,7 @@ def _predicted(op: Matmuls, machine: Machine, rows: int) -> list[tuple[float, Pl
     moved = float(sympy.sympify(_moved(op)).subs(amount(op.m), rows))
     whole = op.whole
     # one descriptor cannot stand for several weights, and blocks that share K are counted for one
-    single = ("tile", "split")
+    single = ("tile", "shared", "split")
     plans = (p for p in predict.plans(whole, machine, rows) if p.kind not in single or len(op.parts) == 1)
     if whole.activation:
         # with the tile of x in its registers as well, a thread of the other kinds has too few of them
@@ -134,7 +136,7 @@ def _candidate(op: Matmuls, machine: Machine, plan: Plan, rows: Any) -> Candidat
         traffic=matmul_traffic(op),
         seconds=predict.seconds(op.whole, plan, machine, _moved(op) if symbolic else float(_moved(op)), rows),
         emit=functools.partial(emit, op, plan),
-        once=predict.constants().zeroing if plan.kind == "split" else 0.0,
+        once=predict.constants().zeroing if plan.kind in ("split", "shared") else 0.0,
         valid=sympy.Le(m, rows) if symbolic and rows != m else True,
         error=predict.error(op, plan, machine),
         details=(
@@ -193,13 +195,13 @@ def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[
     known = facts(op, plan, float32_precision())
     values = [output.meta["val"] for output in site.outputs]
     outs = [builder.empty(list(v.shape), p.out_dtype, v.device) for v, p in zip(values, op.parts, strict=True)]
-    operands, strides = (_described if plan.kind == "tile" else _strided)(op, builder, site)
+    operands, strides = (_described if plan.tiled else _strided)(op, builder, site)
     if op.whole.activation:
         inputs = _inputs(op.whole, builder, operands)
         operands[: op.whole.head] = [node for _, node in inputs]
         known = dataclasses.replace(known, input_strides=tuple(stride for stride, _ in inputs))
     source = write(op, plan, known)
-    workspace = _workspace(op, plan, builder, values[0].device) if plan.kind == "split" else []
+    workspace = _workspace(op, plan, builder, values[0].device)
     arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, *workspace, *outs], strict=True))
     if source.runtime_m:
         arguments["M"] = op.m
@@ -207,7 +209,7 @@ def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[
     columns = sum(math.ceil(int(part.n) / plan.block_n) for part in op.parts)
     rows = builder.ceil_div(op.m, plan.rows) if plan.kind == "tile" else 1
     columns *= plan.splits
-    blocks = rows * columns if isinstance(rows, int) else builder.call(operator.mul, rows, columns)
+    blocks = plan.blocks or (rows * columns if isinstance(rows, int) else builder.call(operator.mul, rows, columns))
     written = [*source.outputs, *(["partial"] if workspace else [])]
     launched = builder.triton(
         load_kernel(source.text, source.name), [blocks], arguments, written,
@@ -271,8 +273,10 @@ def _inputs(op: MatmulFamily, builder: Builder, operands: list[Node]) -> list[tu
 
 
 def _workspace(op: Matmuls, plan: Plan, builder: Builder, device: torch.device) -> list[Node]:
-    """What blocks that share K leave for each other, and their number."""
-    held = plan.programs(plan.rows, int(op.whole.n)) * plan.block_n * plan.rows
+    """What blocks that share K leave for each other, and that they have; nothing for those that do not."""
+    held = footprint.sums_left(op.whole, plan)
+    if not held:
+        return []
     return [builder.empty([held], torch.float32, device), builder.zeros(predict.ARRIVALS, torch.int32, device)]
 
 

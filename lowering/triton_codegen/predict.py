@@ -25,7 +25,6 @@ import sympy
 import torch
 
 from ...candidates import MARGIN
-from ...cost.amounts import amount, greater, where
 from ...cost.efficiency import dtype_name, efficiency
 from ...fused import MatmulFamily, MatmulGroup
 from ...machine import Machine
@@ -40,7 +39,7 @@ MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
 SLICED_ROWS = 32  # beyond, every block reads more of x than of the weights
 SLICES = 4  # 8 were never better
 SPLITS = (2, 4, 8)
-UNTRIED = 0.3  # blocks that share K were measured by themselves, and never inside a graph: autotune may take them
+UNTRIED = 0.3  # of blocks that share K, which are predicted less well: autotune may take them
 ARRIVALS = 1024  # blocks of columns that can be counted, in zeros that all kernels of a graph share
 SPLIT_BLOCKS = 0.7, 1.0  # for each multiprocessor; a second round was never better
 SLICED_STEPS = 4  # fewer would not fill the pipeline
@@ -77,8 +76,8 @@ class KindConstants:
 class Constants:
     """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `gather`: seconds for each sum
     that the last of the blocks that share K adds up; `zeroing`: for the zeros that such kernels of a graph count in.
-    `errors` tells, by kind of plan, by how much its gain over Inductor was less than predicted up to a number of rows,
-    and beyond (the number, the two errors): measured on `machine`, in `dtype`, with two weights that share an input."""
+    `errors` tells, by kind of plan, by how much its gain over Inductor was less than predicted: measured on `machine`,
+    in `dtype`, with two weights that share an input."""
 
     reached: float
     gather: float
@@ -86,7 +85,7 @@ class Constants:
     kinds: dict[str, KindConstants]
     machine: str
     dtype: str
-    errors: dict[str, tuple[int, float, float]]
+    errors: dict[str, float]
 
 
 @functools.cache
@@ -96,16 +95,15 @@ def constants() -> Constants:
     return Constants(raw["reached"], raw["gather"], raw["zeroing"], kinds, raw["machine"], raw["dtype"], raw["errors"])
 
 
-def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> Any:
-    """By how much a prediction may flatter the plan beside Inductor's (a number or sympy)."""
+def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> float:
+    """By how much a prediction may flatter the plan beside Inductor's."""
     if plan.kind == "split":
         return UNTRIED
     known, whole = constants(), op.whole
     alike = machine.name == known.machine and dtype_name(op.dtype) == known.dtype and whole.activation is None
     if plan.kind not in known.errors or not alike or len(op.parts) > 1 or whole.weights != 2:
-        return MARGIN
-    rows, below, beyond = known.errors[plan.kind]
-    return where(greater(amount(op.m), rows), beyond, below)
+        return UNTRIED if plan.kind == "shared" else MARGIN
+    return known.errors[plan.kind]
 
 
 def activation_flops(op: MatmulFamily, machine: Machine) -> float:
@@ -209,7 +207,7 @@ def _split_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: Any) -> Any:
     """Predicted time where the kernel moves `moved` bytes (a number or sympy). `rows` is the most that the plan is to
     serve; of tiles, the number there is (a number or sympy)."""
-    if plan.kind == "tile":
+    if plan.tiled:
         return tiles.seconds(op, plan, machine, moved, rows)
     known = constants()
     kind = known.kinds[plan.kind if plan.kind != "swap" else "wide" if plan.wide else "narrow"]

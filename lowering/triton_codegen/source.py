@@ -16,6 +16,7 @@ from __future__ import annotations
 from ...fused import MatmulFamily, MatmulGroup
 from .gemv_source import Gemv
 from .plans import Plan
+from .shared_source import Shared
 from .sliced_source import Sliced
 from .split_source import Split
 from .swap_source import Swap
@@ -34,7 +35,7 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
         even_n=all(int(part.n) % plan.block_n == 0 for part in op.parts),
         even_k=k % (plan.splits * plan.step_k) == 0,
         wide_weight=(n * whole.feature_step + max(whole.features, default=0)) * k >= INT32_ELEMENTS,
-        wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.kind == "tile" and m is None),
+        wide_output=(m or plan.rows) * n >= INT32_ELEMENTS or (plan.tiled and m is None),
         input_precision=input_precision,
         input_strides=(k,) * len(whole.inputs),
     )
@@ -42,5 +43,5 @@ def facts(op: MatmulFamily | MatmulGroup, plan: Plan, input_precision: str = "ie
 
 def write(op: MatmulFamily | MatmulGroup, plan: Plan, known: Facts) -> KernelSource:
     """The kernel that computes `op` by `plan`."""
-    kinds = {"gemv": Gemv, "swap": Swap, "sliced": Sliced, "split": Split, "tile": Tile}
+    kinds = {"gemv": Gemv, "swap": Swap, "sliced": Sliced, "split": Split, "tile": Tile, "shared": Shared}
     return kinds[plan.kind](op, plan, known).write()

@@ -37,7 +37,7 @@ class Tile(Writer):
         self.emit(
             f"tiles_m = tl.cdiv({m}, {rows})",
             "tiles_n = tl.cdiv(N, BLOCK_N)",
-            "tile = tl.program_id(0)",
+            f"tile = {self.block}",
             f"group = tile // ({group} * tiles_n) * {group}",
             f"size = min(tiles_m - group, {group})",
             f"within = tile % ({group} * tiles_n)",

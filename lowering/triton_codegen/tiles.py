@@ -2,11 +2,15 @@
 
 seconds = start + ‖(memory, work)‖₄ + launch overhead
 memory  = bytes / bandwidth: x once, the weights once for each group of tiles; what else is read again comes from L2
-work    = Σ over rounds of resident blocks: fill + steps · ‖(blocks on an SM · products of a step, latency of a stage)‖₃
+work    = fill · tiles that follow each other on an SM + ‖(walk, flops / rate that all units sustain together)‖₈
+walk    = Σ over rounds of resident blocks: steps · ‖(blocks on an SM · products of a step, latency of a stage)‖₃
 
-The latency of memory is spread over the pipeline's stages; the last round may leave an SM with fewer blocks. A folded
-norm's way through registers is a chain of its own in each step, which only other blocks can hide. All of it holds for a
-symbolic number of rows too. The constants are measured (efficiency.json).
+An SM alone is faster than all of them together, which the power limit slows down: that is why a last round that is half
+empty costs less than its half. The latency of memory is spread over the pipeline's stages; the last round may leave an
+SM with fewer blocks. A second block on an SM works while the first begins and ends. A folded norm's way through
+registers is a chain of its own in each step, which only other blocks can hide. Blocks that share the last round's tiles
+walk less and pay for the sums that they hand on. All of it holds for a symbolic number of rows too, except of those.
+The constants are measured (efficiency.json).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -32,19 +36,23 @@ from .writer import norm_mode
 LEAST_ROWS = 17  # for fewer, plans that hold all rows are always better
 FOLDED_ROWS = 64  # of one tile
 ACCUMULATORS = 128  # registers of a thread for the products; more leave too few for the rest
+MOST_PIECES = 4  # of tiles whose ends one block computes for others: with more, less is gained than they cost
 DESCRIPTOR_STEP = 16  # bytes: rows of a matrix that a descriptor holds lie multiples of it apart
 
 
 @dataclass(frozen=True)
 class TileConstants:
-    """Seconds: `start` before the first and after the last step, `fill` for each round of blocks, `latency` of memory,
-    `x_element` of an SM per element of x that a folded norm handles, `x_chain` until a block goes on. Fractions of the
-    machine's rates that steady tiles reach: `compute` of its matrix units', by rows, columns and warps of a tile,
+    """Seconds: `start` before the first and after the last step, `fill` before and after those of a tile, `latency` of
+    memory, `x_element` of an SM per element of x that a folded norm handles, `x_chain` until a block goes on, `sum` per
+    sum that one block leaves for another. Fractions of the machine's rates that steady tiles reach: `compute` of its
+    matrix units', by rows, columns and warps of a tile, on an SM by itself, `sustained` on all of them together,
     `memory` of its (copy) bandwidth. Where tiles reach beyond the last row, the copy engine fills in what is not there
     slower than it loads: `empty` for a byte of an SM's share."""
 
     start: float
     fill: float
+    sum: float
+    sustained: float
     latency: float
     x_element: float
     x_chain: float
@@ -92,13 +100,37 @@ def plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan]:
                 continue
             if shared_memory(op, plan) <= machine.shared_memory and registers(op, plan) <= REGISTERS_PER_THREAD:
                 yield plan
+                yield from _shared(op, plan, machine, rows)
+
+
+def _shared(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> Iterator[Plan]:
+    """The plan with tiles of the last round shared, where that may pay: not with small tiles, which leave little to
+    share (and several blocks on an SM, which share it anyhow)."""
+    shared = replace(plan, kind="shared", blocks=machine.num_sms)
+    shares = shared.shares(rows, int(op.n), int(op.k))
+    handed = math.ceil(int(op.k) / plan.block_k) - shares.kept
+    large = plan.num_warps == 8 and resident_blocks(op, plan, machine) == 1
+    if op.norm is None and large and 0 < shares.pieces <= MOST_PIECES and handed >= plan.num_stages:
+        yield shared
 
 
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, m: Any) -> Any:
     """Predicted time for `m` rows (a number or sympy) where the kernel moves `moved` bytes."""
     known = constants()
-    sms = machine.num_sms
-    blocks = ceil_div(m, plan.rows) * math.ceil(int(op.n) / plan.block_n)
+    again = op.weights * int(op.n) * int(op.k) * op.dtype.itemsize * (ceil_div(m, plan.rows * plan.group) - 1)
+    memory = (moved + again) / (machine.memory_bandwidth * known.memory)
+    outside = (ceil_div(m, plan.rows) * plan.rows - m) * int(op.k) * math.ceil(int(op.n) / plan.block_n)
+    filled = known.empty * op.dtype.itemsize * outside / machine.num_sms
+    walk, tiles, sums = _longest(op, plan, machine, m)
+    together = 2 * op.weights * m * int(op.n) * int(op.k) / (machine.rate(op.dtype) * known.sustained)
+    work = (walk**8 + together**8) ** 0.125 + tiles * known.fill + sums * known.sum
+    return known.start + machine.launch_overhead + (memory**4 + work**4) ** 0.25 + filled
+
+
+def _longest(op: MatmulFamily, plan: Plan, machine: Machine, m: Any) -> tuple[Any, Any, int]:
+    """Of the blocks that take longest: the time of their steps, how many of their tiles follow each other with nothing
+    beside them, and how many sums they hand on or take over."""
+    known, sms = constants(), machine.num_sms
     steps = math.ceil(int(op.k) / plan.block_k)
     products = 2 * op.weights * plan.rows * plan.block_n * plan.block_k
     busy = products / (machine.rate(op.dtype) * known.compute[plan.rows, plan.block_n, plan.num_warps] / sms)
@@ -106,13 +138,20 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, m: Any) 
     if op.norm:
         busy += known.x_element * plan.rows * plan.block_k
         waiting += known.x_chain * plan.rows * plan.block_k
+
+    def step(blocks: Any) -> Any:
+        return ((blocks * busy) ** 3 + waiting**3) ** (1 / 3)
+
     resident = resident_blocks(op, plan, machine)
+    if plan.kind == "shared":
+        shares, held = plan.shares(int(m), int(op.n), int(op.k)), op.weights * plan.rows * plan.block_n
+        owner = (shares.rounds * steps + shares.kept, shares.rounds + 1, held)
+        helped = shares.pieces * (steps - shares.kept)
+        helper = (shares.rounds * steps + helped, shares.rounds + shares.pieces, shares.pieces * held)
+        # which of the two takes longer does not depend on what all units reach together
+        walked, tiles, sums = max(owner, helper, key=lambda w: w[0] * step(1) + w[1] * known.fill + w[2] * known.sum)
+        return walked * step(1), tiles, sums
+    blocks = ceil_div(m, plan.rows) * math.ceil(int(op.n) / plan.block_n)
     rounds = ceil_div(blocks, sms * resident)
     last = ceil_div(blocks - (rounds - 1) * sms * resident, sms)
-    whole = ((resident * busy) ** 3 + waiting**3) ** (1 / 3)
-    work = rounds * known.fill + steps * ((rounds - 1) * whole + ((last * busy) ** 3 + waiting**3) ** (1 / 3))
-    again = op.weights * int(op.n) * int(op.k) * op.dtype.itemsize * (ceil_div(m, plan.rows * plan.group) - 1)
-    memory = (moved + again) / (machine.memory_bandwidth * known.memory)
-    empty = (ceil_div(m, plan.rows) * plan.rows - m) * int(op.k) * math.ceil(int(op.n) / plan.block_n) / sms
-    filled = known.empty * op.dtype.itemsize * empty
-    return known.start + machine.launch_overhead + (memory**4 + work**4) ** 0.25 + filled
+    return steps * ((rounds - 1) * step(resident) + step(last)), rounds if resident == 1 else 1, 0
