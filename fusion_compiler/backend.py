@@ -295,10 +295,14 @@ def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:
     winners = select.best(items, edges)
     lost = {id(fused[i]): items[i] for i in set(range(len(fused))) - set(winners)}
     unread = {id(fused[i]) for i in winners} - _read(gm, [fused[i] for i in winners])
+    carried_out = [fused[i] for i in winners if id(fused[i]) not in unread]
+    claimed = {node: id(j) for j in carried_out for node in (*j.site.interior, *j.site.outputs)}
     result = []
     for j in judged:
-        item = lost.get(id(j))
-        if id(j) in unread:
+        item, idle = lost.get(id(j)), id(j) in unread
+        if claimed.get(j.site.output, id(j)) != id(j):
+            j = dataclasses.replace(j, span=None)  # whatever its verdict, others take its nodes
+        if idle:
             j = j.kept("the fusions that read its result compute it themselves, so nothing is left to do here")
         elif item is not None:
             rival = next((fused[i].decision for i in winners if items[i].exclusive & item.exclusive), None)

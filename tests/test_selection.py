@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_graphs import attention, traced
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fusion_compiler as fc
@@ -150,3 +152,25 @@ def test_the_sum_in_front_of_the_last_norm_and_the_head_behind_it_are_both_fused
 
     report = planned(end, (1, 8192), (1, 2048), (2048, 8192), (2048,), (32000, 2048))
     assert sorted(d.pattern for d in report.fused) == ["linear_epilogue", "norm_linear"]
+
+
+def test_only_what_is_carried_out_bounds_the_sizes_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A match whose nodes another fusion takes would have ranges of its own, which are nobody's business."""
+    held: list[str] = []
+
+    def holding(_: object, judged: Sequence[backend.Judged]) -> None:
+        held.extend(j.decision.pattern for j in judged if j.span)
+        raise NotImplementedError("seen enough: the graph runs as it is")
+
+    def glu(x: Tensor, g: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        h = F.rms_norm(x, (2048,), g)
+        return F.silu(h @ gate.T) * (h @ up.T)
+
+    monkeypatch.setattr(backend, "hold_ranges", holding)
+    shapes = ((16, 2048), (2048,), (4096, 2048), (4096, 2048))
+    inputs = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+    torch._dynamo.mark_dynamic(inputs[0], 0)
+    compiled = torch.compile(glu, backend=backend.fusion_compiler, options={"machine": "h200", "remainder": "eager"})
+    with torch.no_grad():
+        compiled(*inputs)
+    assert held == ["gated_mlp"]
