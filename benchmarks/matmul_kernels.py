@@ -32,6 +32,7 @@ from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm
 from fusion_compiler.lowering.triton_codegen import matmul, predict
 from fusion_compiler.lowering.triton_codegen.aot import compile_kernel, constexprs, resources
+from fusion_compiler.lowering.triton_codegen.footprint import sums_left
 from fusion_compiler.lowering.triton_codegen.plans import Plan
 from fusion_compiler.lowering.triton_codegen.source import facts, write
 from fusion_compiler.lowering.triton_codegen.writer import KernelSource
@@ -171,8 +172,13 @@ def launcher(op: MatmulFamily, plan: Plan, source: KernelSource) -> Callable[...
 
     kernel = load_kernel(source.text, source.name)[(plan.programs(int(op.m), int(op.n)),)]
     constants, blocks = constexprs(op, plan), dict(source.blocks)
+    workspace: dict[str, torch.Tensor] = {}
+    if held := sums_left(op, plan):
+        arrivals = torch.zeros(predict.ARRIVALS, device="cuda", dtype=torch.int32)
+        workspace = {"partial": torch.empty(held, device="cuda"), "arrivals": arrivals}
 
     def launch(**tensors: torch.Tensor) -> None:
+        tensors |= workspace
         described = {
             name: TensorDescriptor.from_tensor(tensors[name], list(blocks[name])) if name in blocks else tensors[name]
             for name in source.tensors
