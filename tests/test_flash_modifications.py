@@ -65,6 +65,12 @@ def distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v, -0.1 * (keys - rows).abs())
 
 
+def squares(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    rows, keys = positions(q, k)
+    near = (keys - rows) * (keys - rows) < 300
+    return attend(q, k, v, -0.01 * slopes[:, None, None] * (keys - rows) ** 2, near & (keys * rows % 3 < 2))
+
+
 def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return attend(q, k, v, bias)
 
@@ -114,6 +120,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]], 
     "alibi of keys": (alibi_of_keys, lambda: (torch.rand(4),), "causal", False),
     "slopes of rows": (slopes_of_rows, lambda: (torch.rand(LENGTH), bias(4)), "none", False),
     "distance": (distance, lambda: (), "none", False),
+    "squares": (squares, lambda: (torch.rand(4),), "none", True),
     "bias per head": (biased, lambda: (bias(4),), "none", False),
     "bias per batch": (biased, lambda: (bias(2, 1),), "none", False),
     "bias and mask in one": (biased_and_causal, lambda: (bias(1, 4),), "causal", False),

@@ -78,8 +78,9 @@ class Printer:
             return _nested(_MINMAX[term.func], [self._float(a) for a in term.args])
         elif isinstance(term, sympy.Abs) and not term.is_integer:
             return f"tl.abs({self._float(term.args[0])})"
-        elif isinstance(term, sympy.Pow) and term.exp.is_Integer and 0 < term.exp <= 4 and not term.is_integer:
-            return "(" + " * ".join([self._float(term.base)] * int(term.exp)) + ")"
+        elif _is_power(term):
+            if not term.is_integer or (self.exact and not reads_in(term)):
+                return "(" + " * ".join([self._float(term.base)] * int(term.exp)) + ")"
         elif not term.is_integer:
             return f"{self._load(term)}.to(tl.float32)"
         return f"({self._integer(term)}).to(tl.float32)"
@@ -89,8 +90,13 @@ class Printer:
             return str(int(term))
         if isinstance(term, sympy.Symbol) and str(term) in _NAMES:
             return _NAMES[str(term)]
-        if term.is_Add or term.is_Mul:
-            return "(" + (" + " if term.is_Add else " * ").join(map(self._integer, _narrow_first(term.args))) + ")"
+        if term.is_Add:
+            return "(" + " + ".join(map(self._integer, _narrow_first(term.args))) + ")"
+        if term.is_Mul or (_is_power(term) and _positions(term)):
+            *narrow, wide = _narrow_first(term.args if term.is_Mul else [term.base] * int(term.exp))
+            several = sum(map(_positions, (*narrow, wide))) > 1  # whose product may need 64 bits
+            first = f"({self._integer(wide)}).to(tl.int64)" if several else self._integer(wide)
+            return "(" + " * ".join([first, *map(self._integer, narrow)]) + ")"
         if isinstance(term, sympy.floor):
             a, b = sympy.fraction(sympy.together(term.args[0]))
             return self._floored(a, b)
@@ -103,6 +109,8 @@ class Printer:
             return f"tl.abs({self._integer(term.args[0])})"
         if str(getattr(term, "func", term)) in self.reads or str(term) in self.reads:
             return self._load(term)
+        if _positions(term):
+            raise Unprintable(f"{term} has no Triton expression")
         return size_text(term)
 
     def _floored(self, a: sympy.Expr, b: sympy.Expr) -> str:
@@ -138,6 +146,15 @@ def _nested(function: str, values: Sequence[str]) -> str:
 def _narrow_first(terms: Sequence[Any]) -> list[Any]:
     """What is a number of the program before what varies along rows or keys, and that before what fills tiles."""
     return sorted(terms, key=lambda t: sum(str(s) in ("query", "key") for s in t.free_symbols))
+
+
+def _is_power(term: sympy.Expr) -> bool:
+    return bool(isinstance(term, sympy.Pow) and term.exp.is_Integer and 0 < term.exp <= 4)
+
+
+def _positions(term: sympy.Expr) -> bool:
+    """Whether a term varies among the scores of a tensor."""
+    return any(str(s) in _NAMES for s in term.free_symbols)
 
 
 def reads_in(term: sympy.Expr) -> bool:
