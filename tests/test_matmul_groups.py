@@ -148,10 +148,10 @@ def test_a_sum_that_a_norm_reads_saves_no_kernel(normed: bool) -> None:
 
     def block(x, w, r):
         h = F.linear(x, w) + r
-        return (F.rms_norm(h, (8192,)), h) if normed else h
+        return (F.rms_norm(h, (2048,)), h) if normed else h
 
     report = fc.explain(
-        block, *(t.bfloat16() for t in (torch.randn(16, 2048), torch.randn(8192, 2048), torch.randn(16, 8192))),
+        block, *(t.bfloat16() for t in (torch.randn(16, 8192), torch.randn(2048, 8192), torch.randn(16, 2048))),
         machine="h200",
     )  # fmt: skip
     [found] = [d for d in report.decisions if d.pattern == "linear_epilogue"]

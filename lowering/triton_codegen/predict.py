@@ -179,7 +179,9 @@ def _sliced_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Pla
         return
     for block_n, block_k, stages in itertools.product((16, 32), (64, 128), (3, 4, 6)):
         plan = Plan("sliced", padded, block_n, block_k, SLICES, stages, slices=SLICES)
-        if SLICED_STEPS * plan.step_k <= int(op.k) and stages * block_k <= 512:
+        # they are for few columns: with a second block on a multiprocessor, Inductor's kernels were as fast
+        narrow = plan.programs(padded, int(op.n)) <= machine.num_sms
+        if narrow and SLICED_STEPS * plan.step_k <= int(op.k) and stages * block_k <= 512:
             yield plan
 
 
