@@ -124,12 +124,14 @@ def memory_table(rows: list[Row]) -> str:
 
 def plot(path: Path, cases: dict[str, Case], rows: list[Row]) -> None:
     """Time over sequence length, one line per column, one picture for each modification and size of which there are
-    several lengths."""
+    several lengths: rows of one batch entry, or of 8192 tokens."""
     from matplotlib import pyplot
 
     of: dict[str, list[tuple[int, Row]]] = {}
     for row in rows:
         case = cases[row.name]
+        if case.batch not in (1, 8192 // case.length):
+            continue
         title = f"{case.spelling.__name__}, {'/'.join(map(str, case.of_heads[:2]))} heads of {case.width}"
         of.setdefault(title, []).append((case.length, row))
     lines = {title: found for title, found in of.items() if len({n for n, _ in found}) > 1}

@@ -70,7 +70,7 @@ def opt(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.full((length, length), least, dtype=q.dtype, device=q.device)
     mask = mask.masked_fill(positions < (positions + 1).view(-1, 1), 0.0)
     scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, length, length) + mask
-    scores = torch.max(scores, torch.tensor(least, dtype=q.dtype, device=q.device)).view(-1, length, length)
+    scores = torch.max(scores, torch.full([], least, dtype=q.dtype, device=q.device)).view(-1, length, length)
     return torch.bmm(F.softmax(scores, dim=-1), v).view(batch, heads, length, -1)
 
 
