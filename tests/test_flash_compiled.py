@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ahead_of_time
 import sympy
 import torch
@@ -49,6 +51,7 @@ CASES = {
 }
 PACKED = (
     packed_source.Packed(32, 8, 128, 128, torch.bfloat16, 0.1, True, None, None, ((4096, 128), (1024, 128)) * 2),
+    packed_source.Packed(32, 8, 128, 128, torch.bfloat16, 0.1, True, None, 50.0, ((4096, 128), (1024, 128)) * 2),
     packed_source.Packed(7, 1, 80, 64, torch.float16, 0.1, True, 512, 30.0, ((560, 80), (80, 80), (64, 64), (448, 64))),
 )
 TARGETS = {("cuda", 90, 32): "h200", ("cuda", 80, 32): "a100", ("hip", "gfx942", 64): "mi300x"}
@@ -66,6 +69,10 @@ def compile_all() -> None:
     from fusion_compiler.lowering.triton_codegen.aot import compile_text, resources
 
     torch.backends.cuda.matmul.allow_tf32 = True  # or there are no kernels for float32
+    # B4 H32 S2048, cap 50, measured on an H200 through the compiler: 298 µs; 1.13 as for vendor kernels, see test_flash
+    measured = dataclasses.replace(op(128, softcap=50.0), batch=4, kv_heads=32)
+    found = predict.candidates(measured, TABLE["h200"])
+    assert isinstance(found, list) and 1.05 * 298e-6 < float(found[0].seconds) < 1.16 * 298e-6
     for target, name in TARGETS.items():
         for packed in PACKED:
             plan = varlen.planned(packed, TABLE[name])
