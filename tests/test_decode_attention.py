@@ -208,7 +208,8 @@ def test_numbers(case: str, dtype: torch.dtype) -> None:
         assert "averages all values in eager's float16" in refusal
         return
     graph_module, match = found(function, inputs)
-    out = generated(graph_module, match, splits=splits)(*inputs)
+    own = dtype == torch.float16  # keys for each warp, as codes ask for
+    out = generated(graph_module, match, splits=splits, own_keys=own)(*inputs)
     assert_as_good_as_eager(out, function, inputs)
 
 
