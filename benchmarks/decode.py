@@ -137,7 +137,6 @@ CASES = (
     Case("B1 D256 cache 8192", 1, 16, 8, 256, 8192, 8192),
     Case("B1 D80 cache 4096 fp16", 1, 32, 32, 80, 4096, 4096, dtype=torch.float16),
     Case("B1 16 queries D128 cache 8192", 1, *GROUPED, 8192, 8192, queries=16),
-    Case("B1 D128 cache 4096 fp32", 1, *GROUPED, 4096, 4096, dtype=torch.float32),
 )
 SIZES = {"small": (16, 16, 64), "medium": (16, 16, 128), "large": GROUPED}  # hidden 1024, 2048, 4096
 LARGEST_CACHE = 5e9  # bytes

@@ -79,6 +79,8 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
     if reason := imprecise(op.dtype):
         return reason
+    if op.dtype == torch.float32 and not interpreted():
+        return "three products of TF32 came to twice the error of eager's float32; torch's kernels take it, or bfloat16"
     if op.dtype == torch.float32 and machine.kind != "cuda":
         return f"float32 is multiplied in three products of TF32, which Triton does not make for {machine.arch}"
     if not all(isinstance(amount(n), int) for n in (op.heads, op.kv_heads, op.q_len)):

@@ -33,7 +33,7 @@ from ....cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
 from ....fused import Attention, Codes, StoredAttention
 from ....machine import Machine
 from .operands import Plan, as_stored, power_of_two, query_rows, row_tiles
-from .source import GATHERED_SPLITS, by_entries, gathered
+from .source import by_entries, gathered
 
 TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the memory idle, more costs resident programs
 WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
@@ -42,7 +42,7 @@ MOST_SPLITS = 128
 PER_SM = (0.5, 1)  # programs per SM that a number of splits aims at: more were slower
 # With codes every warp has keys of its own: so many at a step, of so many bytes, as more numbers at a time spill.
 OWN_KEYS = (16, 32, 64)
-OWN_BYTES = 4096
+OWN_BYTES = 8192
 OWN_PER_SM = (1, 2)
 OWN_WARPS_PER_SM = 8  # by their registers
 TILE_ROWS = 64
@@ -92,7 +92,6 @@ def plans(stored: StoredAttention, machine: Machine) -> Iterator[Plan]:
         most = min(MOST_SPLITS, -(-longest // block))
         per_sm = OWN_PER_SM if own else PER_SM
         wanted = [int(n * machine.num_sms / pairs) if own else round(n * machine.num_sms / pairs) for n in per_sm]
-        wanted += [n // GATHERED_SPLITS * GATHERED_SPLITS for n in wanted if own]
         for splits in sorted({1, *(max(1, min(most, n)) for n in wanted)}):
             yield Plan(rows, block, splits, WARPS, stages, own)
 
@@ -102,7 +101,7 @@ def _blocks(stored: StoredAttention) -> Iterator[int]:
     op = stored.attention
     if _coded(stored):
         widths = [width * _size(op, code) for width, code in ((op.head_dim, stored.k), (op.v_dim, stored.v)) if code]
-        most = OWN_BYTES / max(widths) / (op.dtype.itemsize / 2)
+        most = OWN_BYTES / max(widths) / (op.dtype.itemsize / 2) / max(1, max(op.head_dim, op.v_dim) / 128)
         yield from (WARPS * keys for keys in OWN_KEYS if keys <= max(most, OWN_KEYS[0]))
         return
     for block in (32, 64, 128):
@@ -170,7 +169,8 @@ def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, ke
         if code is not None:
             each = known.half if code.packed else known.float8 if code.dtype.is_floating_point else known.code
             work += each * plan.block * width
-    step = step + work * together
+    # four warps alone make numbers half as fast as two programs' eight
+    step = step + work * (maximum(together, 2) if plan.own_keys else together)
     if stored.pages is not None:
         size = stored.pages.size
         step = step + (known.entry if size % plan.block == 0 or by_entries(plan, size) else known.page)

@@ -85,15 +85,13 @@ class Stored:
     @property
     def parts(self) -> dict[str, str]:
         """By suffix, the elements of a row that one product is of, as text."""
-        if self.operand.codes is None:
+        codes = self.operand.codes
+        if codes is None:
             return {"": self.index}
-        return {f"_{i}": self.column(self.index, str(i)) for i in range(WORD)}
-
-    def column(self, word: str, place: str) -> str:
-        """The element of a row whose code has a place in a word, as text."""
-        if self.operand.codes is not None and self.operand.codes.packed == "halves":
-            return f"2 * {word} + {place} // 2 + {place} % 2 * {self.size // 2}"
-        return f"{WORD} * {word} + {place}"
+        if codes.packed == "halves":
+            half = self.size // 2
+            return {f"_{i}": f"2 * {self.index} + {i // 2 + i % 2 * half}" for i in range(WORD)}
+        return {f"_{i}": f"{WORD} * {self.index} + {i}" for i in range(WORD)}
 
     def bound(self, axis: str) -> str:
         return f"({self.index} < {self.length}){axis}" if self.length != self.width else ""
@@ -125,8 +123,8 @@ class Stored:
         else:
             # an integer below 2²³ in the mantissa of 2²³ needs no conversion; signed ones are counted from −128
             code = f"words.to(tl.int32) >> {4 * place} & 15" if codes.packed else byte
-            code, less = (f"{code} ^ 128", 8388736.0) if codes.dtype == torch.int8 else (code, 8388608.0)
-            number = f"(({code} | 0x4B000000).to(tl.float32, bitcast=True) - {less})"
+            code, middle = (f"{code} ^ 128", 128.0) if codes.dtype == torch.int8 else (code, self._middle)
+            number = f"(({code} | 0x4B000000).to(tl.float32, bitcast=True) - {2.0**23 + middle})"
         return f"({number}).to({TYPES[self.dtype]})"
 
     def _instructions(self) -> str:
@@ -138,15 +136,15 @@ class Stored:
             high = pair.bits(pair.largest - 4)  # of a nibble that stands four bits further up
             made = "".join(
                 f"{'shr.u32 a, $4, 8;' if i == 2 else ''}and.b32 ${i}, {'a' if i > 1 else '$4'}, {mask};"
-                f"fma.rn.{pair.name} ${i}, ${i}, {times}, none;"
+                f"fma.rn.{pair.name} ${i}, ${i}, {times}, less;"
                 for i, (mask, times) in enumerate((("0x000f000f", "low"), ("0x00f000f0", "high")) * 2)
             )
-            text = f"mov.b32 low, {factor}; mov.b32 high, {high}; mov.b32 none, 0x80008000; {made}"
-            registers, inputs = "a, low, high, none", "r"
+            less = pair.bits(3 + pair.lowest + pair.largest, negative=True)
+            text = f"mov.b32 low, {factor}; mov.b32 high, {high}; mov.b32 less, {less}; {made}"
+            registers, inputs = "a, low, high, less", "r"
         else:
-            signed = codes.dtype == torch.int8
-            less = pair.bits(7 + pair.lowest + pair.largest, negative=True) if signed else "0x80008000"
-            sign = "0x00800080" if signed else "0"
+            less = pair.bits(7 + pair.lowest + pair.largest, negative=True)
+            sign = "0x00800080" if codes.dtype == torch.int8 else "0"
             shifts = "shr.u32 a, a, 8; shr.u32 b, b, 8;"
             made = "".join(
                 f"{shifts if i == 2 else ''}lop3.b32 ${i}, {'ab'[i % 2]}, 0x00ff00ff, {sign}, 0x6a;"
@@ -175,17 +173,26 @@ class Stored:
     @property
     def _shifted(self) -> bool:
         codes = self.operand.codes
-        return codes is not None and (codes.has_zero or codes.shift != 0.0)
+        return codes is not None and (codes.has_zero or codes.shift != self._middle)
+
+    @property
+    def _middle(self) -> float:
+        """What numbers have less than codes without a sign. Zeros are near it: the sums of numbers and of zeros remain
+        small, and their difference exact, over however many keys."""
+        codes = self.operand.codes
+        if codes is not None and codes.packed:
+            return 8.0
+        return 128.0 if codes is not None and codes.dtype == torch.uint8 else 0.0
 
     def zero(self) -> str:
-        """What is to be taken from codes."""
+        """What is to be taken from numbers."""
         codes = self.operand.codes
         assert codes is not None
-        shift = literal(codes.shift)
+        shift = codes.shift - self._middle
         if not codes.has_zero:
-            return shift
+            return literal(shift)
         held = f"{self.name}_zero_here"
-        return held if codes.shift == 0.0 else f"({held} + {shift})"
+        return held if shift == 0.0 else f"({held} + {literal(shift)})"
 
     def by_key(self, what: str) -> bool:
         """Whether the scale or zero differs from key to key."""
