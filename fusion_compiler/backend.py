@@ -31,21 +31,13 @@ from .machine import TABLE, Machine, machine
 from .match import Match, find_all
 from .offers import offers_of, shared, unknown_size
 from .quantised import with_packed_weights
+from .reasons import EMPTY, UNGUARDED, UNKNOWN
 from .report import Decision, Failure, NearMiss, Report, Work, where
 from .semantics import SemanticView
 from .severed import severed_seconds
-from .torch_private import fake_tensors, inductor, size_guards
+from .torch_private import dynamo_cache, fake_tensors, inductor, size_guards
 
 _labels = itertools.count()
-EMPTY = "the result is empty, so there is nothing to compute"
-UNKNOWN = (
-    "the size {} is known only when the graph runs (it depends on data, or is ragged), so no time can be predicted; "
-    "torch._dynamo.mark_dynamic instead of mark_unbacked, or padding, gives it a value"
-)
-UNGUARDED = (
-    "it pays for some sizes only, and this graph serves all sizes, for it cannot be compiled again: it is a backward "
-    "graph, compiled after its guards are closed, or an exported program; static sizes give it a verdict of its own"
-)
 
 
 class StageError(RuntimeError):
@@ -67,7 +59,8 @@ def fusion_compiler(
 ) -> Any:
     """Compiles a Dynamo graph. See `config.Options` for `options`; further arguments of newer torch are accepted."""
     parsed = parse_options(options, mode)
-    step = functools.partial(compile_step, options=parsed, label=f"graph {next(_labels)}")
+    label, guardable = f"graph {next(_labels)}", not dynamo_cache.is_last_graph()
+    step = functools.partial(compile_step, options=parsed, label=label, guardable=guardable)
     return inductor.compile_graph(gm, example_inputs, step, inductor_settings(parsed))
 
 
@@ -107,8 +100,8 @@ def compile_step(
             return inductor.run_eagerly(gm)
         return inductor.compile_aten(gm, example_inputs, **context)
 
-    label += " (backward)" if backward else ""
-    planned = plan(gm, options, label, trains=not context.get("is_inference"), guardable=guardable and not backward)
+    label, guardable = label + " (backward)" * backward, guardable and not backward
+    planned = plan(gm, options, label, trains=not context.get("is_inference"), guardable=guardable)
     report, original = planned.report, copy.deepcopy(gm.graph)
     try:
         with _stage("splice"):
@@ -151,6 +144,10 @@ class Judged:
     def kept(self, reason: str) -> Judged:
         return dataclasses.replace(self, decision=_kept(self.decision, reason), candidate=None)
 
+    def for_all_sizes(self) -> Judged:
+        found = self.kept(UNGUARDED) if self.candidate and (self.span or self.limit) else self
+        return dataclasses.replace(found, span=None)
+
 
 def _kept(decision: Decision, reason: str) -> Decision:
     return dataclasses.replace(decision, verdict="kept", reason=reason, after=None, kernel="", source="")
@@ -186,7 +183,7 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
         with _stage("judge"):
             judged = judge_all(gm, matches, target, tuner)
             if not guardable:
-                judged = [j.kept(UNGUARDED) if j.candidate and (j.span or j.limit) else j for j in judged]
+                judged = [j.for_all_sizes() for j in judged]
         with _stage("select"):
             judged = choose(gm, judged)
     except StageError as error:

@@ -14,6 +14,15 @@ from .report_text import duration, size
 SEVERED = (
     "Inductor's kernel of the last of these operations does what follows too, which would be left a kernel of its own"
 )
+EMPTY = "the result is empty, so there is nothing to compute"
+UNKNOWN = (
+    "the size {} is known only when the graph runs (it depends on data, or is ragged), so no time can be predicted; "
+    "torch._dynamo.mark_dynamic instead of mark_unbacked, or padding, gives it a value"
+)
+UNGUARDED = (
+    "it pays for some sizes only, and this graph serves all, for it cannot be compiled again: it is a backward graph, "
+    "an exported program, or the last that torch._dynamo.config.recompile_limit allows; static sizes would fuse it"
+)
 MEASURE = 'options={"autotune": True}'
 
 

@@ -34,14 +34,21 @@ def mlp() -> Mlp:
         return Mlp()
 
 
-def row(rows: int = 1) -> torch.Tensor:
-    return torch.zeros(rows, 2048, dtype=torch.bfloat16)
+@pytest.fixture(scope="module")
+def wide() -> Mlp:
+    """Wide enough that with many rows the matrix units are all that counts."""
+    with torch.device("meta"):
+        return Mlp(4096, 14336)
 
 
-def test_a_model_on_the_meta_device_for_a_machine_that_is_not_here(mlp: Mlp) -> None:
+def row(rows: int = 1, width: int = 2048) -> torch.Tensor:
+    return torch.zeros(rows, width, dtype=torch.bfloat16)
+
+
+def test_a_model_on_the_meta_device_for_a_machine_that_is_not_here(wide: Mlp) -> None:
     with torch.no_grad():
-        assert verdicts(fc.explain(mlp, row(), machine="h200")) == ["fused"]
-        report = fc.explain(mlp, row(4096), machine="h200")
+        assert verdicts(fc.explain(wide, row(1, 4096), machine="h200")) == ["fused"]
+        report = fc.explain(wide, row(4096, 4096), machine="h200")
     assert verdicts(report) == ["kept"]
     assert report.machine == "h200" and fc.reports() == [], "only compilations are recorded"
 
@@ -93,11 +100,11 @@ def test_earlier_calls_do_not_make_later_ones_dynamic(mlp: Mlp) -> None:
     assert set(shapes) == {int}
 
 
-def test_a_dynamic_size_is_solved_in_ranges(mlp: Mlp) -> None:
-    marked = row(16)
+def test_a_dynamic_size_is_solved_in_ranges(wide: Mlp) -> None:
+    plain, marked = row(16, 4096), row(16, 4096)
     torch._dynamo.mark_dynamic(marked, 0)
     with torch.no_grad():
-        for report in (fc.explain(mlp, row(16), machine="h200", dynamic=True), fc.explain(mlp, marked, machine="h200")):
+        for report in (fc.explain(wide, plain, machine="h200", dynamic=True), fc.explain(wide, marked, machine="h200")):
             decision = next(d for d in report.decisions if d.pattern == "gated_mlp")
             assert decision.ranges[0].verdict == "fused" and decision.ranges[-1].verdict == "kept"
             assert decision.ranges[-1].hi is None

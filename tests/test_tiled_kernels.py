@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -108,33 +109,47 @@ def test_what_no_descriptor_can_hold_is_copied(trace: object) -> None:
     torch.testing.assert_close(gm(x, w), model(x, w), rtol=1e-4, atol=1e-4)
 
 
-def test_every_range_of_rows_is_right_at_its_ends_and_compiled_once() -> None:
-    def glu(x: torch.Tensor, g: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        h = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * g
-        return F.silu(F.linear(h, gate)) * F.linear(h, up)
+def glu(x: torch.Tensor, g: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    h = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * g
+    return F.silu(F.linear(h, gate)) * F.linear(h, up)
 
+
+def each_number(rows: list[int]) -> Iterator[int]:
+    """The numbers of `rows`, which may grow meanwhile, once the compiled function was found right for them."""
     # starting a kernel is so dear there that everything is fused
     dear = dataclasses.replace(TABLE["h200"], launch_overhead=1e-3)
-    options = {"machine": dear, "remainder": "eager", "strict": True}
-    run = torch.compile(glu, backend=fusion_compiler, options=options)
-    operands = (torch.rand(64) + 0.5, torch.randn(96, 64) / 8, torch.randn(96, 64) / 8)
-    g, gate, up = (t.to(HALF) for t in operands)
-    rows, kernels = [100], set()
-    while rows:
-        x = torch.randn(rows.pop(), 64, dtype=HALF)
+    run = torch.compile(glu, backend=fusion_compiler, options={"machine": dear, "remainder": "eager", "strict": True})
+    g, gate, up = (t.to(HALF) for t in (torch.rand(64) + 0.5, torch.randn(96, 64) / 8, torch.randn(96, 64) / 8))
+    for m in rows:
+        x = torch.randn(m, 64, dtype=HALF)
         torch._dynamo.maybe_mark_dynamic(x, 0)
         with torch.no_grad():
             out, eager = run(x, g, gate, up), glu(x, g, gate, up)
             exact = glu(*(t.double() for t in (x, g, gate, up)))
         ours, own = ((t.double() - exact).norm() for t in (out, eager))
-        assert ours <= 1.5 * own, (len(x), ours / own)
-        if not kernels:
+        assert ours <= 1.5 * own, (m, ours / own)
+        yield m
+
+
+def test_every_range_of_rows_is_right_at_its_ends_and_compiled_once() -> None:
+    rows, kernels = [100], set()
+    for m in each_number(rows):
+        if m == 100 and len(rows) == 1:
             (decision,) = fc.last_report().fused
-            rows = [m for r in decision.ranges for m in (r.lo, r.hi or 2 * r.lo)]
-            assert len(decision.ranges) == 3 and len(rows) == 6
+            rows += [m for r in decision.ranges for m in (r.lo, r.hi or 2 * r.lo)]
+            assert len(decision.ranges) == 3 and len(rows) == 7
         kernels |= {d.kernel for r in fc.reports() for d in r.fused}
     assert len(fc.reports()) == 3
     assert {k.split()[1][:4] for k in kernels} == {"swap", "tile"}
+
+
+def test_the_last_graph_that_may_be_compiled_serves_every_size() -> None:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert list(each_number([100, 16, 3, 100, 300])) == [100, 16, 3, 100, 300]
+    first, last = fc.reports()
+    assert [d.pattern for d in first.fused] == ["gated_mlp"] and not last.fused
+    (kept,) = (d for d in last.decisions if d.pattern == "gated_mlp")
+    assert "recompile_limit" in kept.reason
 
 
 # µs on an H200 of gated pairs, by (norm folded, K, N, M); block sizes, warps and stages of tiles

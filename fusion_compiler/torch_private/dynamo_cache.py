@@ -1,4 +1,5 @@
-"""What Dynamo keeps of a backend's graphs (`torch._C._dynamo.eval_frame`): entries beside the code of each function.
+"""What Dynamo keeps of a backend's graphs: entries beside the code of each function (`torch._C._dynamo.eval_frame`,
+`torch._guards.CompileContext`).
 
 They count towards `recompile_limit`, beyond which Dynamo runs a function eagerly for good, whoever compiles it.
 Tried on torch 2.11.0 and 2.13.0.
@@ -32,3 +33,12 @@ def forget(backend: Callable[..., Any]) -> None:
         backends = [getattr(e.backend, "compiler_fn", e.backend) for e in _debug_get_cache_entry_list(code)]
         if backends and all(b is backend for b in backends):
             reset_code(code)
+
+
+def is_last_graph() -> bool:
+    """Whether the graph being compiled is the last of its function: sizes that it does not serve run eagerly."""
+    from torch._dynamo import config
+    from torch._guards import CompileContext
+
+    found = CompileContext.current_compile_id()
+    return found is not None and (found.frame_compile_id or 0) + 1 >= config.recompile_limit
