@@ -23,6 +23,7 @@ UNGUARDED = (
     "it pays for some sizes only, and this graph serves all, for it cannot be compiled again: it is a backward graph, "
     "an exported program, or the last that torch._dynamo.config.recompile_limit allows; static sizes would fuse it"
 )
+ON_CPU = "Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor"
 MEASURE = 'options={"autotune": True}'
 
 

@@ -7,20 +7,8 @@ from collections.abc import Callable
 import ahead_of_time
 import pytest
 import torch
+from test_decode_attention import compiled
 from torch import Tensor
-
-import fusion_compiler as fc
-from fusion_compiler import backend
-
-
-def compiled(function: Callable[..., object], *inputs: Tensor) -> tuple[object, fc.Report]:
-    """The whole line, kernels in the interpreter."""
-    options = {"strict": True, "remainder": "eager", "machine": "h200"}
-    with torch.no_grad():
-        out = torch.compile(function, backend=backend.fusion_compiler, options=options)(*inputs)
-    report = fc.last_report()
-    assert report is not None
-    return out, report
 
 
 def layers(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:

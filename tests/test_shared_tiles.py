@@ -1,4 +1,4 @@
-"""Tiles of a last round that blocks share: numbers in Triton's interpreter, nodes of a graph, registers."""
+"""Tiles of a last round that blocks share: numbers in Triton's interpreter, registers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from matmul_family_cases import (
     BIAS,
     GEGLU_RESIDUAL,
-    PLAIN,
     SCALED,
     SWIGLU,
     Epilogue,
@@ -21,12 +20,10 @@ from matmul_family_cases import (
     run,
 )
 
-from fusion_compiler.fused import Site
-from fusion_compiler.lowering.triton_codegen import aot, matmul, tiles
+from fusion_compiler.lowering.triton_codegen import aot, tiles
 from fusion_compiler.lowering.triton_codegen.plans import Plan, Shares
 from fusion_compiler.lowering.triton_codegen.source import facts, write
 from fusion_compiler.machine import TABLE
-from fusion_compiler.splice import Builder, clean, replace
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 # 8 tiles: two helpers, one of which helps two owners; a round, and one tile left; no round, and not all help
@@ -58,22 +55,6 @@ def test_warps_that_hold_several_pieces_of_a_tile() -> None:
         plan = Plan("shared", 128, block_n, 32, warps, 3, blocks=3)
         operands = Operands.random(family(128, 96, 64, None, SWIGLU, SINGLE))
         assert_as_good_as_eager(run(operands, plan), operands, SWIGLU)
-
-
-def test_spliced_kernels_share_their_flags(trace: object) -> None:
-    def model(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return (x @ w.T) @ v.T
-
-    x, w, v = torch.randn(70, 128), torch.randn(96, 128) / 8, torch.randn(64, 96) / 8
-    gm = trace(model, x, w, v)  # type: ignore[operator]
-    for product in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-        turned = product.args[1]
-        site = Site((product.args[0], turned.args[0]), product, (product,))
-        n, k = turned.args[0].meta["val"].shape
-        replace(site, matmul.emit(family(70, k, n, None, PLAIN, SINGLE), FIVE, Builder(gm, product), site))
-    clean(gm)
-    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)) == 1
-    torch.testing.assert_close(gm(x, w, v), model(x, w, v), rtol=1e-4, atol=1e-4)
 
 
 def compile_all() -> list[dict[str, int]]:

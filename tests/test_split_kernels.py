@@ -15,6 +15,7 @@ from fusion_compiler.splice import Builder, clean, replace
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 SPLIT = Plan("split", 16, 32, 16, 4, 3, splits=4)
+SHARED = Plan("shared", 64, 32, 32, 4, 3, group=2, blocks=5)
 
 
 @pytest.mark.parametrize("kn", [False, True])
@@ -25,18 +26,19 @@ def test_blocks_that_share_k(epilogue: Epilogue, dtype: torch.dtype, kn: bool) -
         assert_as_good_as_eager(run(operands, SPLIT, runtime_m=m == 2), operands, epilogue)
 
 
-def test_kernels_that_share_k_count_in_the_same_zeros(trace: object) -> None:
+@pytest.mark.parametrize(("plan", "rows"), [(SPLIT, 5), (SHARED, 70)], ids=["split", "shared"])
+def test_kernels_that_share_k_count_in_the_same_zeros(trace: object, plan: Plan, rows: int) -> None:
     def model(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (x @ w.T) @ v.T
 
-    x, w, v = torch.randn(5, 128), torch.randn(96, 128) / 8, torch.randn(64, 96) / 8
+    x, w, v = torch.randn(rows, 128), torch.randn(96, 128) / 8, torch.randn(64, 96) / 8
     gm = trace(model, x, w, v)  # type: ignore[operator]
     for product in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
         turned = product.args[1]
         site = Site((product.args[0], turned.args[0]), product, (product,))
         n, k = turned.args[0].meta["val"].shape
-        op = family(5, k, n, None, PLAIN, SINGLE)
-        replace(site, matmul.emit(op, SPLIT, Builder(gm, product), site))
+        op = family(rows, k, n, None, PLAIN, SINGLE)
+        replace(site, matmul.emit(op, plan, Builder(gm, product), site))
     clean(gm)
     assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)) == 1
     torch.testing.assert_close(gm(x, w, v), model(x, w, v), rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from ...candidates import Candidate, Traffic, Unavailable
 from ...cost.efficiency import efficiency
 from ...fused import Counters, Site
 from ...machine import Machine
+from ...reasons import ON_CPU
 from ...splice import Builder, load_kernel
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ NAME = "counters"
 
 def candidates(op: Counters, machine: Machine) -> list[Candidate] | Unavailable:
     if machine.kind == "cpu":
-        return Unavailable("Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor")
+        return Unavailable(ON_CPU)
     moved = sum(dtype.itemsize for dtype in op.dtypes)
     return [
         Candidate(

@@ -16,6 +16,7 @@ from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
 from ...fused import MatmulFamily, MatmulGroup, Site
 from ...machine import Machine
+from ...reasons import ON_CPU
 from ...splice import load_kernel
 from . import footprint, predict, tiles
 from .aot import constexprs
@@ -95,7 +96,7 @@ def _moved(op: Matmuls) -> Any:
 
 def _refusal(op: Matmuls, machine: Machine) -> str | None:
     if machine.kind == "cpu":
-        return "Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor"
+        return ON_CPU
     if op.dtype not in DTYPES:
         return f"the generator makes kernels for bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and op.dtype not in machine.flops:

@@ -16,6 +16,7 @@ from ...candidates import Candidate, Traffic, Unavailable
 from ...cost.efficiency import efficiency
 from ...fused import RopeCache, RowNorm, Site
 from ...machine import Machine
+from ...reasons import ON_CPU
 from ...splice import load_kernel
 from .pointwise import literal
 
@@ -71,7 +72,7 @@ def candidates(op: RopeCache, machine: Machine) -> list[Candidate] | Unavailable
 
 def _refusal(op: RopeCache, machine: Machine) -> str | None:
     if machine.kind == "cpu":
-        return "Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor"
+        return ON_CPU
     if op.dtype not in DTYPES:
         return f"the generator makes kernels for bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and torch.bfloat16 not in machine.flops:

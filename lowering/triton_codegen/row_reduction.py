@@ -20,6 +20,7 @@ from ...cost.amounts import amount, maximum
 from ...cost.efficiency import efficiency
 from ...fused import RowReduction, Site
 from ...machine import Machine
+from ...reasons import ON_CPU
 from ...splice import load_kernel
 from .pointwise import print_pointwise, unsupported
 
@@ -80,7 +81,7 @@ def candidates(op: RowReduction, machine: Machine) -> list[Candidate] | Unavaila
 
 def _refusal(op: RowReduction, machine: Machine) -> str | None:
     if machine.kind == "cpu":
-        return "Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor"
+        return ON_CPU
     bad = next((t for t in (*op.out_dtypes, *(e.dtype for e in op.extras)) if t not in (*DTYPES, torch.bool)), None)
     if bad is not None:
         return f"the generator makes kernels for bfloat16, float16 and float32, not {bad}"
