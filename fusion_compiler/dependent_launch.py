@@ -4,6 +4,9 @@ From compute capability 9 on, the blocks of such a kernel take their places as s
 while its results are still on their way to memory, and wait there: 0.1 to 0.5 µs less between two kernels on an H200.
 Nothing may be read or written before the wait.
 
+A small kernel leaves most of the device idle: behind its own wait it lets the next kernel's blocks take their places
+while it runs. They wait for all that it writes, and all in front of it has ended by then.
+
 The wait is written as an assembly that returns zero, which is added to every pointer. So data and not order keeps each
 access behind it, and the assembly need not have side effects, of which Inductor's analysis of kernels accepts none.
 Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.
@@ -19,7 +22,7 @@ import torch
 
 from .torch_private.source_files import module_from_source, source_of
 
-WAIT = '"griddepcontrol.wait; mov.u32 $0, $1;", "=r,r"'
+WAIT, LET = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
 ALIGNED = 16  # elements: a multiple of the zero leaves pointers known to be as aligned as they were
 
 
@@ -32,20 +35,22 @@ def supported(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def waiting(kernel: Any, pointers: Sequence[str]) -> Any:
-    """`kernel` with a wait at its head; `pointers` are all of its arguments that are tensors.
+def waiting(kernel: Any, pointers: Sequence[str], lets: bool = False) -> Any:
+    """`kernel` with a wait at its head; `pointers` are all of its arguments that are tensors. With `lets` the next
+    kernel may take its places from there on.
 
     A kernel that we did not generate is left as it is: it starts when everything in front of it has ended.
     """
     source, name = source_of(kernel.fn), kernel.__name__
-    return kernel if source is None else getattr(module_from_source(with_wait(source, name, pointers)), name)
+    return kernel if source is None else getattr(module_from_source(with_wait(source, name, pointers, lets)), name)
 
 
-def with_wait(source: str, name: str, pointers: Sequence[str]) -> str:
+def with_wait(source: str, name: str, pointers: Sequence[str], lets: bool = False) -> str:
     """The module `source` with a wait at the head of its kernel `name`."""
     kernel = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    control = f'"{WAIT} {LET + " " if lets else ""}mov.u32 $0, $1;", "=r,r"'
     head = [
-        f"waited = tl.inline_asm_elementwise({WAIT}, [tl.program_id(0) * 0], tl.int32, True, 1) * {ALIGNED}",
+        f"waited = tl.inline_asm_elementwise({control}, [tl.program_id(0) * 0], tl.int32, True, 1) * {ALIGNED}",
         *(f"{pointer} += waited" for pointer in pointers),
     ]
     lines = source.split("\n")

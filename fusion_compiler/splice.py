@@ -169,12 +169,14 @@ class Builder:
         num_warps: int = 4,
         num_stages: int = 3,
         blocks: Mapping[str, tuple[int, ...]] | None = None,
+        lets: bool = False,
     ) -> dict[str, Node]:
         """Launches a `triton.jit` kernel; returns the tensors it wrote, by argument name.
 
         `arguments` gives every argument of the kernel by name: nodes, numbers, symbolic sizes, dtypes; those the kernel
         declares `tl.constexpr` must be constants. `outputs` names the tensors written, usually fresh `empty` nodes.
         Those in `blocks` are passed as descriptors, to be loaded from in blocks of the given shape: see `described`.
+        `lets` is for small kernels: where the device can, the next one's blocks take their places meanwhile.
         """
         names = list(kernel.arg_names)
         if set(names) != set(arguments):
@@ -190,7 +192,7 @@ class Builder:
         devices = {name: value.device for name, value in values.items() if isinstance(value, torch.Tensor)}
         # what a descriptor names is read by the copy engine, which knows no pointer that waits
         if not blocks and all(map(dependent_launch.supported, devices.values())):
-            kernel = dependent_launch.waiting(kernel, list(devices))
+            kernel = dependent_launch.waiting(kernel, list(devices), lets)
         self.kernels += filter(None, [source_of(kernel.fn)])
         entries = tuple(self.scalar(g) if isinstance(g, torch.SymInt) else g for g in grid)
         launch = self.call(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...candidates import Candidate, Unavailable
 from ...fused import Attention, Counters, FusedOp, MatmulFamily, MatmulGroup, RopeCache, RowReduction, StoredAttention
 from ...machine import Machine
-from . import counters, decode, flash, matmul, packed_linear, rope_cache, row_reduction
+from . import counters, decode, flash, matmul, norm_apart, packed_linear, rope_cache, row_reduction
 
 SHORTEST_NORM = 8
 
@@ -27,7 +27,7 @@ class TritonCodegen:
                 return Unavailable(
                     f"a norm over K = {k}: the generated kernels sum {SHORTEST_NORM} neighbours in a thread"
                 )
-            return matmul.candidates(op, machine)
+            return _either(matmul.candidates(op, machine), norm_apart.candidates(op, machine))
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
         if isinstance(op, StoredAttention):

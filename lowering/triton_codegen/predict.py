@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
@@ -75,13 +75,15 @@ class KindConstants:
 @dataclass(frozen=True)
 class Constants:
     """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `gather`: seconds for each sum
-    that the last of the blocks that share K adds up; `zeroing`: for the zeros that such kernels of a graph count in.
+    that the last of the blocks that share K adds up; `zeroing`: for the zeros that such kernels of a graph count in;
+    `norm`: for that of a norm's own kernel which the next one's launch does not hide.
     `errors` tells, by kind of plan, by how much its gain over Inductor was less than predicted: measured on `machine`,
     in `dtype`, with two weights that share an input."""
 
     reached: float
     gather: float
     zeroing: float
+    norm: float
     kinds: dict[str, KindConstants]
     machine: str
     dtype: str
@@ -92,7 +94,7 @@ class Constants:
 def constants() -> Constants:
     raw: dict[str, Any] = json.loads((resources.files(__package__) / "efficiency.json").read_text())
     kinds = {kind: KindConstants(**entry) for kind, entry in raw["kinds"].items()}
-    return Constants(raw["reached"], raw["gather"], raw["zeroing"], kinds, raw["machine"], raw["dtype"], raw["errors"])
+    return Constants(**{field.name: raw[field.name] for field in fields(Constants)} | {"kinds": kinds})
 
 
 def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> float:

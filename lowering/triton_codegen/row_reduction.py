@@ -8,7 +8,7 @@ Everything is float32 between loading and storing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -279,17 +279,25 @@ class _Writer:
 # ---- emission ---------------------------------------------------------------------------------------
 def emit(op: RowReduction, plan: Plan, builder: Builder, site: Site) -> tuple[Node, ...]:
     """Adds the kernel; returns the nodes that take the places of the site's outputs."""
-    tensors, _, _ = argument_names(op)
     values = [node.meta["val"] for node in site.outputs]
     outputs = [
         builder.empty(list(v.shape), dtype, v.device) for v, dtype in zip(values, op.out_dtypes, strict=True)
     ]  # fmt: skip
-    arguments: dict[str, Any] = dict(zip(tensors, [*site.operands, *outputs], strict=True))
+    return launch(op, plan, builder, site.operands, outputs)
+
+
+def launch(
+    op: RowReduction, plan: Plan, builder: Builder, operands: Sequence[Node], outputs: Sequence[Node],
+    lets: bool = False,
+) -> tuple[Node, ...]:  # fmt: skip
+    """Adds the kernel, which writes `outputs`; returns what it has written. `lets`: see `Builder.triton`."""
+    tensors, _, _ = argument_names(op)
+    arguments: dict[str, Any] = dict(zip(tensors, [*operands, *outputs], strict=True))
     arguments |= {"M": op.m, **constexprs(op, plan)}
     names = tensors[len(op.extras) :]
     launched = builder.triton(
         load_kernel(write(op, plan), NAME), [builder.ceil_div(op.m, plan.rows)], arguments, names,
-        num_warps=plan.num_warps, num_stages=1,
+        num_warps=plan.num_warps, num_stages=1, lets=lets,
     )  # fmt: skip
     return tuple(launched[name] for name in names)
 
