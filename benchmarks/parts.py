@@ -113,13 +113,16 @@ def _ready(pipe: Connection, process: BaseProcess, until: float) -> bool:
 
 
 def merged(parts: Sequence[Path], order: Callable[[dict[str, Any]], Any], into: Path | None) -> list[dict[str, Any]]:
-    """The rows of several files, each of its last file; written with the provenance of every file, which rows tell by
-    its number."""
-    read = [json.loads(path.read_text()) for path in parts]
-    known = {row["name"]: {**row, "part": i} for i, part in enumerate(read) for row in part["rows"]}
+    """The rows of several files, each of its last file; written with the provenance of every part, which rows tell by
+    its number. Files may have been put together before."""
+    known: dict[str, dict[str, Any]] = {}
+    measured: list[dict[str, Any]] = []
+    for read in (json.loads(path.read_text()) for path in parts):
+        rows = read.pop("rows")
+        known |= {row["name"]: {**row, "part": len(measured) + row.get("part", 0)} for row in rows}
+        measured += read.get("parts", [read])
     rows = sorted(known.values(), key=order)
     if into is not None:
-        measured = [{key: part[key] for key in part if key != "rows"} for part in read]
         into.write_text(json.dumps({"parts": measured, "rows": rows}, indent=1) + "\n")
     return rows
 

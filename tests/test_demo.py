@@ -61,6 +61,13 @@ def test_attention_is_prepared_in_other_processes_and_merged(tmp_path: Path) -> 
     rows = json.loads(merged.read_text())["rows"]
     assert [(r["name"], r["part"]) for r in rows] == [(other["name"], 0), (row["name"], 1)]
     assert rows[1]["seconds"] == row["seconds"] and all(r["name"] in out for r in rows)
+    # what was put together before keeps telling its parts
+    run("benchmarks.attention", "--tiny", "--merge", str(old), str(merged), "--json", str(merged))
+    again = json.loads(merged.read_text())
+    assert [again["parts"][r["part"]].get("date") for r in again["rows"]] == [
+        "before",
+        json.loads(part.read_text())["date"],
+    ]
 
 
 def test_the_sweep_of_the_matmul_family_merges_parts_and_tells_regret(tmp_path: Path) -> None:
