@@ -235,6 +235,17 @@ def test_operands_and_result_where_they_lie() -> None:
     check(fn, torch.randn(2, 40, 192))
 
 
+def test_a_result_whose_heads_lie_apart() -> None:
+    """One head of keys for the batch, whose entries then are heads: those of the result are no one axis in memory."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q.view(2, 20, 4, 16).transpose(1, 2)
+        s = torch.einsum("bhid,bjd->bhij", q, k) * 0.25
+        return torch.einsum("bhij,bjd->bhid", s.softmax(-1), v).transpose(1, 2).reshape(2, 20, 64)
+
+    check(fn, torch.randn(2, 20, 64), torch.randn(2, 24, 16), torch.randn(2, 24, 16))
+
+
 def test_sizes_known_at_run_time_only() -> None:
     def fn(x: Tensor) -> Tensor:
         q, k, v = x.view(x.shape[0], x.shape[1], 8, 16).transpose(1, 2).split([4, 2, 2], 1)

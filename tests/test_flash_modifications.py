@@ -90,12 +90,26 @@ def prefix(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     return attend(q, k, v, seen=(keys <= rows) | (keys < lengths[:, None, None, None]))
 
 
+def prefix_of_numbers(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    """Later keys are hidden where an unknown number is 0, and seen where it is 1."""
+    rows, keys = positions(q, k)
+    return attend(q, k, v, torch.where(keys <= rows, 0.0, (kept[:, None, None] - 1.0) * 1e9))
+
+
+def padding_of_numbers(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, pairs: Tensor) -> Tensor:
+    return attend(q, k, v, torch.finfo(torch.float32).min * (1.0 - kept[:, None, None]) + pairs)
+
+
 def masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return attend(q, k, v, seen=seen)
 
 
 def averaged(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.softmax((q @ k.mT * 0.25).masked_fill(~seen, -1e9), -1) @ v
+
+
+def kept() -> Tensor:
+    return (torch.arange(LENGTH) < torch.tensor([[5], [30]])).float()
 
 
 def ids() -> Tensor:
@@ -126,6 +140,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]], 
     "bias and mask in one": (biased_and_causal, lambda: (bias(1, 4),), "causal", False),
     "documents": (documents, lambda: (ids(),), "causal", True),
     "prefix": (prefix, lambda: (torch.tensor([3, 20]),), "none", True),
+    "prefix of numbers": (prefix_of_numbers, lambda: (kept(),), "none", False),
+    "padding of numbers": (padding_of_numbers, lambda: (kept(), bias(4)), "none", False),
     "unknown": (masked, lambda: (unknown(),), "none", True),
     "unknown per batch and head": (masked, lambda: (unknown(2, 4),), "none", True),
     "unknown per head": (masked, lambda: (unknown(4),), "none", True),

@@ -22,6 +22,7 @@ from .roles import Geometry
 
 LEAST = torch.finfo(torch.float32).min
 ABSORBING = -1e30  # a bias added to it changes nothing
+OUTWEIGHED = 1e3  # times the factor of an unknown number, a constant beside it counts alone
 MOST_OPERATIONS = 40  # of one term; more are cheaper to read than to compute again for every score
 
 
@@ -120,23 +121,30 @@ def _visible(value: object, factor: float) -> tuple[Boolean, set[float]]:
     """Where an added value hides no key, and the numbers that hide one."""
     visible, fills = list[Boolean](), set[float]()
     for condition, leaf in leaves(value):
-        constant = _constant(leaf) * factor
-        if constant <= HIDDEN:
+        constant = _hiding(leaf, factor)
+        if constant is not None:
             fills.add(constant if constant >= LEAST else float("-inf"))
         else:
             visible.append(condition)
     return sympy.Or(*visible), fills
 
 
-def _constant(leaf: sympy.Expr) -> float:
-    """The number in a sum."""
+def _hiding(leaf: sympy.Expr, factor: float) -> float | None:
+    """The number in a sum that is added to scores, where it hides a key whatever the rest is. In (m − 1) · 1e9, which
+    hides where the unknown m is 0, the number is no larger than what m is multiplied with."""
     if leaf.is_number:
-        return float(leaf) if leaf.is_extended_real else float("nan")
-    return float(sum(a for a in leaf.args if a.is_number)) if leaf.is_Add else 0.0
+        constant = float(leaf) if leaf.is_extended_real else float("nan")
+    else:
+        known, rest = leaf.as_coeff_Add()
+        constant = float(known)
+        largest = max(abs(float(part.as_coeff_Mul()[0])) for part in sympy.Add.make_args(rest))
+        if abs(constant) < OUTWEIGHED * largest:
+            return None
+    return constant * factor if constant * factor <= HIDDEN else None
 
 
 def _addend(leaf: sympy.Expr, factor: float) -> sympy.Expr:
-    if _constant(leaf) * factor <= HIDDEN:
+    if _hiding(leaf, factor) is not None:
         return ZERO
     return leaf if factor == 1.0 else leaf * sympy.Float(factor)
 

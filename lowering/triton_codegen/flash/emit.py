@@ -103,7 +103,7 @@ def _result(op: Attention, builder: Builder, site: Site) -> tuple[Node, tuple[An
     try:
         with builder.fake_mode:
             return out, _strides(out.meta["val"].permute(inverse).view(own)), True
-    except RuntimeError:  # heads that are apart there
+    except (RuntimeError, ValueError):  # heads that are apart there; torch 2.13 has another error for it
         out = builder.empty(own, layout.dtype, device)
         return out, _strides(out.meta["val"]), False
 
