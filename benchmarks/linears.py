@@ -65,11 +65,6 @@ class Case:
     stored: torch.dtype = torch.bfloat16
 
 
-@dataclass(frozen=True)
-class Item:
-    name: str  # of a row
-
-
 CASES = {
     "rms_qkv 8B": Case(rms_qkv, 4096, (4096, 1024, 1024)),
     "residual o 8B": Case(residual, 4096, (4096,)),
@@ -104,7 +99,7 @@ def place(name: str, args: argparse.Namespace) -> tuple[FunctionType, Callable[[
     return case.function, make, harness.floor_seconds(moved, 2 * m * k * features, dtype)
 
 
-def prepare(args: argparse.Namespace, item: Item) -> Callable[[], dict[str, Any]]:
+def prepare(args: argparse.Namespace, item: parts.Item) -> Callable[[], dict[str, Any]]:
     torch.manual_seed(0)
     function, make, floor = place(item.name, args)
     inputs = harness.rotated(make, torch.device(args.device))
@@ -120,7 +115,7 @@ def prepare(args: argparse.Namespace, item: Item) -> Callable[[], dict[str, Any]
 
 def in_turn(names: Sequence[str], args: argparse.Namespace) -> list[harness.Row]:
     rows: list[harness.Row] = []
-    for figures in parts.measured([*map(Item, names)], functools.partial(prepare, args), args.jobs, args.seconds):
+    for figures in parts.measured([*map(parts.Item, names)], functools.partial(prepare, args), args.jobs, args.seconds):
         rows.append(harness.Row(**figures))
         harness.write_json(args.json, torch.device(args.device), [asdict(row) for row in rows])
         print(harness.row_table(rows[-1:]).splitlines()[-1], flush=True)

@@ -14,6 +14,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +31,14 @@ COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "tr
 JOBS = "processes that prepare rows (default %(default)s)"
 SECONDS = "give up rows that are not prepared by then"
 MERGE = "read figures measured before, in as many files as there were parts, instead of measuring"
+
+
+@dataclass(frozen=True)
+class Item:
+    """What has nothing but the name of its row."""
+
+    name: str
+
 
 # What prepares an item, which has a name, and returns the function that measures it; it travels to other processes.
 Prepare = Callable[[Any], Callable[[], dict[str, Any]]]

@@ -16,7 +16,6 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,12 +49,7 @@ def quantised(model: Any) -> Any:
     return made
 
 
-@dataclass(frozen=True)
-class Item:
-    name: str  # of a column
-
-
-def prepare(args: argparse.Namespace, item: Item) -> Callable[[], dict[str, Any]]:
+def prepare(args: argparse.Namespace, item: parts.Item) -> Callable[[], dict[str, Any]]:
     device, (is_packed, how) = torch.device(args.device), COLUMNS[item.name]
     length = 160 if args.tiny else CACHE
     plain = build(llama.TINY if args.tiny else SIZES, device, torch.bfloat16)
@@ -87,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     device, preparing = torch.device(args.device), functools.partial(prepare, args)
     wanted = [c.strip() for c in args.columns.split(";") if c.strip()] or list(COLUMNS)
-    items = [*map(Item, harness.chosen(wanted, args.only))]
+    items = [*map(parts.Item, harness.chosen(wanted, args.only))]
     if device.type == "cuda":
         measured = parts.measured(items, preparing, args.jobs, args.seconds, ["benchmarks.llama"])
     else:

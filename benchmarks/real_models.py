@@ -2,25 +2,32 @@
 
 python -m benchmarks.real_models                        attention as transformers calls it by default (SDPA)
 python -m benchmarks.real_models --attention eager --only gemma2 --json figures.json
+python -m benchmarks.real_models --merge one.json other.json --json figures.json
 
+On a GPU several processes compile the rows at the same time; then they measure one after the other.
 Times are of one call inside a CUDA graph. Decoding adds one token to a static cache of 1024 positions, all but a few
 of them filled, for one sequence and for eight.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import harness
+from . import harness, parts
 from .llama_model import rewind
 
 CACHE = 1024
+PRELOAD = ("transformers.models.auto.modeling_auto",)
 # configuration class, model class, what differs from the class's defaults
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama 1B": ("LlamaConfig", "LlamaForCausalLM", {
@@ -92,26 +99,37 @@ def workload(plain: Any, batch: int, tokens: int | None) -> tuple[Callable[[Any]
     return lambda model: lambda ids: step(model, ids), ids[:, :1]
 
 
-@torch.no_grad()
+def prepare(args: argparse.Namespace, item: parts.Item) -> Callable[[], dict[str, Any]]:
+    model, call = item.name.split(", ")
+    plain = build(model, args.attention, torch.device(args.device), args.tiny)
+    exact = copy.deepcopy(plain).float()
+    around, ids = workload(exact, *CALLS[call])
+    reference = around(exact)(ids)
+    del exact
+    around, ids = workload(plain, *CALLS[call])
+    columns = {k: around(m) for k, m in harness.standard_columns(plain, args.max_autotune).items()}
+    turn = harness.prepared(harness.Row(item.name), columns, [(ids,)], reference, args.rounds)
+    return lambda: asdict(turn())
+
+
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--jobs", type=int, default=5, help=parts.JOBS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help=parts.SECONDS)
+    parser.add_argument("--merge", nargs="+", type=Path, help=parts.MERGE)
     args = parser.parse_args()
-    device = torch.device(args.device)
-    rows: list[harness.Row] = []
     names = [f"{m}, {c}" for m in MODELS for c in CALLS if not (m.startswith("bert") and c.startswith("decode"))]
-    for name in harness.chosen(names, args.only):
-        model, call = name.split(", ")
-        plain = build(model, args.attention, device, args.tiny)
-        exact = copy.deepcopy(plain).float()
-        around, ids = workload(exact, *CALLS[call])
-        reference = around(exact)(ids)
-        del exact
-        around, ids = workload(plain, *CALLS[call])
-        columns = {k: around(m) for k, m in harness.standard_columns(plain, args.max_autotune).items()}
-        rows.append(harness.measure(harness.Row(name), columns, [(ids,)], reference, args.rounds))
-        harness.clean_slate(device)
-        harness.write_json(args.json, device, [asdict(row) for row in rows], attention=args.attention)
+    if args.merge:
+        found = parts.merged(args.merge, lambda row: names.index(row["name"]), args.json)
+        rows = [harness.Row(**{key: row[key] for key in row if key != "part"}) for row in found]
+    else:
+        rows, items = [], [*map(parts.Item, harness.chosen(names, args.only))]
+        for figures in parts.measured(items, functools.partial(prepare, args), args.jobs, args.seconds, PRELOAD):
+            rows.append(harness.Row(**figures))
+            print(harness.row_table(rows[-1:]).splitlines()[-1], flush=True)
+            device = torch.device(args.device)
+            harness.write_json(args.json, device, [asdict(row) for row in rows], attention=args.attention)
     print(harness.row_table(rows))
 
 
