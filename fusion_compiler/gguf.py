@@ -46,8 +46,9 @@ def load_linear(path: str | os.PathLike[str], name: str, bias: str | None = None
     Q4_0 and Q8_0 stay in their blocks (`fusion_compiler.ggml.Linear`, sharing the file's memory); F32, F16 and BF16
     become an `nn.Linear` of that type; any other type that `gguf` can dequantise is dequantised once, into fp16.
 
-    Raises GGUFError (a ValueError) for a file that is no GGUF or is truncated, a type that is not known, a tensor that
-    is not there or is no matrix; FileNotFoundError; ImportError without the `gguf` package.
+    Raises GGUFError (a ValueError) for a file that is no GGUF or is truncated, a type that is not known or whose
+    numbers exceed fp16, a tensor that is not there or is no matrix, a bias of another length; FileNotFoundError;
+    ImportError without the `gguf` package.
     """
     return _File(path).linear(name, bias)
 
@@ -59,7 +60,11 @@ def replace_linears(model: nn.Module, path: str | os.PathLike[str], names: Mappi
     as the model does, and otherwise what GGUF's naming gives p for the architecture in the file, as for the models of
     transformers. Where such a file interleaves the rows of q and k (Llama's do), they are put back in order, which
     copies these two. Biases come with their weights. Nothing but linears is loaded. A linear for which the file has no
-    tensor is left.
+    tensor is left, and so is a subclass of `nn.Linear`, whose owner may count on more than its product. A module that
+    stands at several paths is replaced at all of them.
+
+    New linears stand on the device of the old ones, or on the CPU where those were on `meta`; plain ones have the old
+    one's dtype, whatever type the file has.
 
     All is checked before anything is replaced. Raises GGUFError for what `load_linear` raises it for, for a weight or
     bias of another shape than the linear's, a name of `names` that is no linear of the model, and if not one linear is
@@ -73,7 +78,7 @@ def replace_linears(model: nn.Module, path: str | os.PathLike[str], names: Mappi
         raise GGUFError(
             f"names: {', '.join(unknown)}: not a linear of the model; it has {', '.join(linears) or 'none'}"
         )
-    made: dict[str, nn.Module] = {}
+    made: dict[nn.Module, nn.Module] = {}
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for place, linear in linears.items():
@@ -84,9 +89,12 @@ def replace_linears(model: nn.Module, path: str | os.PathLike[str], names: Mappi
         if tensor not in file.tensors:
             left[place] = f"the file has no tensor {tensor}" if tensor else "no name is known for it"
             continue
+        if type(linear) is not nn.Linear:
+            left[place] = f"it is a {type(linear).__name__}, no plain nn.Linear"
+            continue
         bias = tensor.removesuffix(".weight") + ".bias"
         heads = 0 if names is not None or as_modules else file.heads_of(tensor)
-        new = file.linear(tensor, bias if bias in file.tensors else None, heads)
+        new = file.linear(tensor, bias if bias in file.tensors else None, heads, linear.weight.dtype)
         wanted = linear.out_features, linear.in_features
         if (new.out_features, new.in_features) != wanted:
             raise GGUFError(
@@ -96,13 +104,15 @@ def replace_linears(model: nn.Module, path: str | os.PathLike[str], names: Mappi
         if new.bias is None and linear.bias is not None:
             left[place] = f"it has a bias, and the file has no {bias}"
             continue
-        made[place], replaced[place] = new.to(linear.weight.device), tensor
+        device = linear.weight.device
+        made[linear], replaced[place] = new if device.type == "meta" else new.to(device), tensor
     if not made:
-        raise GGUFError(
-            f"no linear of the model has a tensor in {file.path}; it holds {', '.join([*file.tensors][:8])} …"
-        )
-    for place, module in made.items():
-        model.set_submodule(place, module)
+        held = f"it holds {', '.join([*file.tensors][:8])} …" if file.tensors else "it holds none"
+        why = f", and {'; '.join(f'{place}: {reason}' for place, reason in list(left.items())[:2])}"
+        raise GGUFError(f"no linear of the model has a tensor in {file.path}; {held}{why if left else ''}")
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if module in made:
+            model.set_submodule(place, made[module])
     return Replaced(replaced, left)
 
 
@@ -117,17 +127,25 @@ class _File:
         self._architecture: str = self._field("general.architecture", "")
         self._names: Any = None
 
-    def linear(self, name: str, bias: str | None, heads: int = 0) -> Linear | nn.Linear:
-        """The linear of these tensors; the rows of each of `heads` heads are put in order, where it is not 0."""
+    def linear(
+        self, name: str, bias: str | None, heads: int = 0, dtype: torch.dtype | None = None
+    ) -> Linear | nn.Linear:
+        """The linear of these tensors, a plain one in `dtype` where that is given; the rows of each of `heads` heads
+        are put in order, where it is not 0."""
         held = self._tensor(name)
         kind = held.tensor_type.name
         if len(held.shape) != 2:
             raise GGUFError(f"{name} of {self.path} has {len(held.shape)} dimensions; the weight of a linear has 2")
-        offsets = self._numbers(bias) if bias is not None else None
+        rows = int(held.shape[1])
+        if heads and rows % (2 * heads):
+            raise GGUFError(f"{name} of {self.path} has {rows} rows, which are not two halves of {heads} heads each")
+        offsets = self._numbers(bias, dtype) if bias is not None else None
+        if offsets is not None and offsets.shape != (rows,):
+            raise GGUFError(f"{bias} of {self.path} is {tuple(offsets.shape)}, and {name} has {rows} rows")
         if kind in FORMATS:
             raw = _in_order(torch.from_numpy(held.data), heads)
             return Linear(raw, offsets if offsets is None else _in_order(offsets, heads), form=kind)
-        weight = _in_order(self._numbers(name), heads)
+        weight = _in_order(self._numbers(name, dtype), heads)
         made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         made.weight = nn.Parameter(weight, requires_grad=False)
         if offsets is not None:
@@ -167,7 +185,10 @@ class _File:
 
     def _field(self, name: str, default: Any) -> Any:
         field = self._fields.get(name)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise GGUFError(f"{self.path} is damaged: {name} is no text ({error})") from error
 
     def _tensor(self, name: str) -> Any:
         if name not in self.tensors:
@@ -177,20 +198,27 @@ class _File:
             raise GGUFError(f"{self.path} has no tensor {name!r}; it has {', '.join(near)} …")
         return self.tensors[name]
 
-    def _numbers(self, name: str) -> Tensor:
-        """A tensor as numbers: of its own type where torch has it, else dequantised into fp16."""
+    def _numbers(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """A tensor as numbers in `dtype`; without one in its own type where torch has it, else as fp16."""
         import gguf
 
         held = self._tensor(name)
         kind = held.tensor_type.name
         if kind in _PLAIN:
-            return torch.from_numpy(held.data)
-        if kind == "BF16":
-            return torch.from_numpy(held.data).view(torch.bfloat16)
-        try:
-            return torch.from_numpy(gguf.quants.dequantize(held.data, held.tensor_type)).half()
-        except NotImplementedError as error:
-            raise GGUFError(f"{name} of {self.path} is of type {kind}, which cannot be dequantised: {error}") from error
+            stored = torch.from_numpy(held.data)
+        elif kind == "BF16":
+            stored = torch.from_numpy(held.data).view(torch.bfloat16)
+        else:
+            try:
+                stored = torch.from_numpy(gguf.quants.dequantize(held.data, held.tensor_type))
+            except NotImplementedError as error:
+                why = f"is of type {kind}, which cannot be dequantised: {error}"
+                raise GGUFError(f"{name} of {self.path} {why}") from error
+            dtype = dtype or torch.float16
+        numbers = stored.to(dtype or stored.dtype)
+        if numbers.dtype == torch.float16 != stored.dtype and bool((numbers.isinf() & stored.isfinite()).any()):
+            raise GGUFError(f"{name} of {self.path} holds numbers beyond fp16 (65504); load it in bf16 or fp32")
+        return numbers
 
 
 def _read(path: Path) -> Any:

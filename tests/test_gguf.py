@@ -160,3 +160,74 @@ def test_tensors_that_are_no_linear(tmp_path, weight):
         fc.gguf.load_linear(path, "a.wieght")
     with pytest.raises(fc.gguf.GGUFError, match="architecture 'none'; how rows are ordered is known for gemma"):
         fc.gguf.replace_linears(nn.Sequential(nn.Linear(64, 24)), path)
+
+
+def test_a_bias_of_another_length_and_rows_that_are_no_heads(tmp_path, weight):
+    tensors = {"blk.0.attn_q.weight": (weight, Q4), "blk.0.attn_q.bias": (torch.ones(8), Kind.F32)}
+    path = write(tmp_path / "a.gguf", tensors, "llama", block_count=1, attention__head_count=5)
+    with pytest.raises(fc.gguf.GGUFError, match=r"attn_q.bias of .* is \(8,\), and blk.0.attn_q.weight has 24 rows"):
+        fc.gguf.load_linear(path, "blk.0.attn_q.weight", bias="blk.0.attn_q.bias")
+    model = nn.Module()
+    model.add_module("model", nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": nn.Module()})])}))
+    model.model["layers"][0]["self_attn"].q_proj = nn.Linear(64, 24, bias=False)
+    with pytest.raises(fc.gguf.GGUFError, match="24 rows, which are not two halves of 5 heads each"):
+        fc.gguf.replace_linears(model, path)
+
+
+def test_numbers_beyond_fp16_do_not_become_infinite(tmp_path):
+    path = write(tmp_path / "a.gguf", {"a.weight": (torch.full((24, 64), 1e6), Kind.Q5_0)})
+    with pytest.raises(fc.gguf.GGUFError, match="holds numbers beyond fp16"):
+        fc.gguf.load_linear(path, "a.weight")
+
+
+# ---- models as they come ----------------------------------------------------------------------------
+def test_plain_weights_have_the_dtype_of_the_model(tmp_path, weight):
+    """Files in Q4_0 hold their last linear in another type."""
+    model = Two().to(torch.bfloat16)
+    last = torch.randn(8, 64)[:, :24].contiguous()
+    tensors = {"a.weight": (weight, Q4), "a.bias": (torch.ones(24), Kind.F32), "b.weight": (last, Kind.F16)}
+    fc.gguf.replace_linears(model, write(tmp_path / "a.gguf", tensors))
+    assert model.b.weight.dtype == torch.bfloat16
+    assert model(torch.randn(3, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_model_without_memory_gets_that_of_the_file(tmp_path, weight):
+    with torch.device("meta"):
+        model = Two()
+    tensors = {"a.weight": (weight, Q4), "a.bias": (torch.ones(24), Kind.F32), "b.weight": (weight[:8, :24], Kind.F32)}
+    fc.gguf.replace_linears(model, write(tmp_path / "a.gguf", tensors))
+    assert torch.equal(model.a.raw, q4_0.quantise(weight)) and model(torch.randn(2, 64)).shape == (2, 8)
+
+
+def test_what_stands_twice_is_replaced_twice_and_subclasses_are_left(tmp_path, weight):
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"a": nn.Linear(64, 24, bias=False), "own": Own(64, 24, bias=False)})
+    model["again"] = model["a"]
+    path = write(tmp_path / "a.gguf", {"a.weight": (weight, Q4), "own.weight": (weight, Q4)})
+    done = fc.gguf.replace_linears(model, path)
+    assert done.left == {"own": "it is a Own, no plain nn.Linear"}
+    assert model["a"] is model["again"] and isinstance(model["a"], ggml.Linear)
+    ggml.split(model)
+    assert model["a"] is model["again"] and isinstance(model["a"], ggml.SplitLinear)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), lambda m: m.float(), lambda m: m.double()])
+def test_scales_stay_what_they_are_in_other_dtypes(weight, change):
+    model = nn.Sequential(ggml.Linear(q4_0.quantise(weight)))
+    ggml.split(model)
+    x = torch.randn(2, 64)
+    wanted = model(x)
+    change(model)
+    assert torch.equal(model[0].raw, q4_0.quantise(weight)) and torch.equal(model(x), wanted)
+
+
+def test_integers_are_refused(weight):
+    model = nn.Sequential(ggml.Linear(q4_0.quantise(weight)))
+    x = torch.ones(2, 64, dtype=torch.int64)
+    with pytest.raises(TypeError, match="multiplies floating-point x, and this is torch.int64"):
+        model(x)
+    ggml.split(model)
+    with pytest.raises(TypeError, match="multiplies floating-point x"):
+        model(x)

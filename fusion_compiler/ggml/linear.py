@@ -22,13 +22,20 @@ class WeightFormat:
 FORMATS = {form.NAME: WeightFormat(form.BYTES, form.dequantise) for form in (q4_0, q8_0)}
 
 
+def floating(x: Tensor) -> None:
+    """Raises TypeError for an x in whose type a weight would lose its scales."""
+    if not x.is_floating_point():
+        raise TypeError(f"a quantised linear multiplies floating-point x, and this is {x.dtype}: convert it first")
+
+
 class Linear(torch.nn.Module):
     """y = x Wᵀ + b with W in blocks: x [..., K] of any floating type, y [..., N] of the same.
 
     `raw` uint8 [N, K/32 · bytes] is held as it is, without a copy; `bias` is [N] or None. `form` names the format,
     "Q4_0" or "Q8_0". In eager the weight is dequantised at every call.
 
-    Raises ValueError for an unknown format, bytes that do not divide into its blocks, or a bias of another length.
+    Raises ValueError for an unknown format, bytes that do not divide into its blocks, or a bias of another length;
+    when called, TypeError for an x of integers, whose type has no place for the scales.
     """
 
     raw: Tensor
@@ -49,6 +56,7 @@ class Linear(torch.nn.Module):
         self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        floating(x)
         weight = FORMATS[self.form].dequantise(self.raw, x.dtype)
         return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, q4_0, q8_0
-from .linear import FORMATS, Linear
+from .linear import FORMATS, Linear, floating
 
 
 class SplitLinear(torch.nn.Module):
@@ -37,7 +37,16 @@ class SplitLinear(torch.nn.Module):
         codes = self.codes.view(torch.uint8).view(*self.scales.shape, -1)
         return torch.cat([self.scales.unsqueeze(-1).view(torch.uint8), codes], -1).flatten(1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SplitLinear:
+        """As for any module, but `.to(dtype)`, `.half()` and their like leave the scales as they are."""
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
+        floating(x)
         codes = self.codes.view(*self.scales.shape, -1)
         if self.form == q4_0.NAME:
             codes = torch.cat([codes & 15, codes >> 4], -1).to(torch.int8) - 8
@@ -71,9 +80,13 @@ def dequantise(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
 
 
 def _each(model: torch.nn.Module, kinds: tuple[type, ...], made_of: Callable[[Any], torch.nn.Module]) -> list[str]:
-    found = [name for name, module in model.named_modules() if isinstance(module, kinds) and name]
-    for name in found:
-        owner, _, last = name.rpartition(".")
-        parent = model.get_submodule(owner)
-        setattr(parent, last, made_of(getattr(parent, last)))
-    return found
+    """One module that stands at several paths is made into one module."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds) and name:
+            places.setdefault(id(module), []).append(name)
+    for names in places.values():
+        made = made_of(model.get_submodule(names[0]))
+        for name in names:
+            model.set_submodule(name, made)
+    return [name for names in places.values() for name in names]
