@@ -1,8 +1,7 @@
 """Recognises what stands before an attention with a static cache: q and k turned, k and v written into the cache.
 
-A write is an `index_put` along the third axis of a cache [B, heads, S, D]. The keys are written as a rotation (see
-`rope`), the values at the same positions; the queries are what the same angles turn nearest to them. Where the
-positions are counted from one integer on the device, that is what the kernel reads.
+A write puts new rows along the third axis of a cache [B, heads, S, D] (`cache_writes`). The keys are written as a
+rotation (see `rope`), the values at the same positions; the queries are what the same angles turn nearest to them.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Node
 
-from .attention.index_functions import Indexer
-from .attention.limits import loads_of, read_from
+from .cache_writes import Write, written
 from .fused import Declared, RopeCache, RowNorm
 from .halves import SAME
 from .match import Match, NearMiss
@@ -31,16 +28,6 @@ PATTERN = "rope_cache"
 SWAPPED = [0, 2, 1, 3]
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 FEW = 64  # up to so many tokens a linear is likely a generated kernel, which writes the cast of its result that follows
-
-
-@dataclass(frozen=True)
-class Write:
-    """New rows `rows` [B, heads, L, D] put into `cache` [B, heads, S, D] at the positions `at` [L]."""
-
-    node: Node
-    cache: Node
-    at: Node
-    rows: Node
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ class Source:
 
 
 def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
-    writes = [w for w in map(_write, view.graph_module.graph.nodes) if w is not None]
+    writes = [w for w in map(written, view.graph_module.graph.nodes) if w is not None]
     if not writes:
         return [], []
     position = {node: i for i, node in enumerate(view.graph_module.graph.nodes)}
@@ -84,7 +71,7 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
             between = _between(view, keys, ropes)
             misses += [NearMiss(PATTERN, keys.node, between, keys.node)] if between else []
             continue
-        values = [w for w in writes if w is not keys and _at_the_same(w.at, keys.at) and _alike(w, keys)]
+        values = [w for w in writes if w is not keys and w.at == keys.at and _alike(w, keys)]
         values = [w for w in values if w.node not in taken and _unswapped(w.rows)[0] not in rotations]
         angles = rotations[turned].angles
         others = [r for r in rotations if r not in taken and r is not turned and _turns(view, rotations[r], angles)]
@@ -102,8 +89,8 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
 
         query, value = min(others, key=distance), min((w.node for w in values), key=distance)
         taken |= {query, turned, value, keys.node}
-        written = next(w for w in values if w.node is value)
-        matches.append(_match(view, rotations[query], rotations[turned], keys, written, tokens_first))
+        beside = next(w for w in values if w.node is value)
+        matches.append(_match(view, rotations[query], rotations[turned], keys, beside, tokens_first))
     return matches, misses
 
 
@@ -162,25 +149,6 @@ def _slice(node: Node) -> tuple[Node, int] | None:
     return (x, first or 0) if dim % (last + 1) == last and step == 1 else None
 
 
-def _write(node: Node) -> Write | None:
-    if node.target is not aten.index_put.default:
-        return None
-    cache, indices, rows, accumulate = arguments(node, (None, None, None, False))
-    at = [i for i in indices if i is not None]
-    if accumulate or len(at) != 1 or len(indices) < 3 or indices[2] is None or not isinstance(rows, Node):
-        return None
-    sizes = [s for n in (cache, rows, at[0]) for s in shape_of(n)]
-    shapes = shape_of(cache), shape_of(rows), shape_of(at[0])
-    if [len(s) for s in shapes] != [4, 4, 1] or not all(isinstance(s, int) for s in sizes):
-        return None
-    (b, h, _, d), (batch, heads, length, width), (count,) = shapes
-    fits = (b, h, d, count) == (batch, heads, width, length)
-    floats = {cache.meta["val"].dtype, rows.meta["val"].dtype}
-    return (
-        Write(node, cache, at[0], rows) if fits and len(floats) == 1 and at[0].meta["val"].dtype != torch.bool else None
-    )
-
-
 def _unswapped(node: Node) -> tuple[Node, bool]:
     """(the node that casts and copies are made of, whether its second and third axis are exchanged on the way)."""
     swapped = False
@@ -203,12 +171,6 @@ def _same(view: SemanticView, a: Node, b: Node) -> bool:
     return a is b or view.value(a) is view.value(b)
 
 
-def _at_the_same(a: Node, b: Node) -> bool:
-    """Whether two tensors of positions are equal."""
-    counted = _counted(a)
-    return a is b or (counted[0] is not None and counted == _counted(b))
-
-
 def _alike(values: Write, keys: Write) -> bool:
     """Whether two caches have the same heads and positions."""
     return (
@@ -229,15 +191,13 @@ def _is_query(query: Node, keys: Node, tokens_first: bool) -> bool:
 
 def _match(view: SemanticView, query: Turned, key: Turned, keys: Write, values: Write, tokens_first: bool) -> Match:
     q, k = (_source(view, turned.x) for turned in (query, key))
-    scalar, offset = _counted(keys.at)
     out, swapped = _seen_as(query.node)
     outputs = sorted((out, keys.node, values.node))
     names = {out: "out", keys.node: "keys", values.node: "values"}
     last, others = outputs[-1], tuple(outputs[:-1])
     weights = [s.weight for s in (q, k) if s.weight is not None]
-    operands = (
-        q.node, k.node, values.rows, *key.angles, keys.cache, values.cache, scalar or keys.at, *weights
-    )  # fmt: skip
+    index = (keys.at.node,) if keys.at.node is not None else ()
+    operands = (q.node, k.node, values.rows, *key.angles, keys.cache, values.cache, *index, *weights)
     first = {
         "q": tokens_first ^ q.swapped, "k": tokens_first ^ k.swapped, "out": tokens_first ^ swapped,
         "angles": tokens_first,
@@ -249,7 +209,7 @@ def _match(view: SemanticView, query: Turned, key: Turned, keys: Write, values: 
         length=shape_of(keys.rows)[2], cache_length=cache_length, head_dim=width, v_dim=shape_of(values.cache)[3],
         results=tuple(names[n] for n in (last, *others)), dtype=keys.cache.meta["val"].dtype,
         interleaved=bool(key.match.op.arguments[-1]), tokens_first=frozenset(n for n in first if first[n]),
-        indexed=scalar is None, offset=offset, q_norm=q.norm, k_norm=k.norm,
+        index=keys.at.kind, offset=keys.at.offset, q_norm=q.norm, k_norm=k.norm,
         rotary=key.rotary,
     )  # fmt: skip
     return Match(PATTERN, op, site_of(view, last, operands, others))
@@ -274,19 +234,3 @@ def _source(view: SemanticView, node: Node) -> Source:
     norm = RowNorm("rms", value.attr("eps"), bool(weights), offset=value.attr("offset"))
     tokens = shape_of(node)[0] * shape_of(node)[1 if swapped else 2]
     return Source(inner[-1] if tokens <= FEW else inner[0], swapped, norm, weights[0] if weights else None)
-
-
-def _counted(at: Node) -> tuple[Node | None, int]:
-    """(integer scalar, offset) where the t-th index is scalar + offset + t."""
-    indexer, token = Indexer(), sympy.Symbol("token", integer=True, nonnegative=True)
-    one = shape_of(at) == (1,)
-    term = indexer.at(at, (sympy.Integer(0) if one else token,))
-    if not isinstance(term, sympy.Expr):
-        return None, 0
-    first = sympy.expand(term - (0 if one else token))
-    reads = loads_of(first, indexer)
-    if len(reads) != 1 or not sympy.expand(first - reads[0]).is_Integer or any(i != 0 for i in reads[0].args):
-        return None, 0
-    node = read_from(reads[0], indexer)
-    whole = all(n == 1 for n in shape_of(node))
-    return (node, int(sympy.expand(first - reads[0]))) if whole else (None, 0)

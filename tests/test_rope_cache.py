@@ -115,9 +115,39 @@ def yarn(
     return turn(q), keys.index_copy_(2, at, turn(k)), values.index_copy_(2, at, v)
 
 
+def put(spelling: str, cache: Tensor, rows: Tensor, position: Tensor | int) -> Tensor:
+    """`rows` in the cache, as a new tensor, from `position` on."""
+    if isinstance(position, int):
+        if spelling == "slice":
+            return torch.slice_scatter(cache, rows, 2, position, position + L)
+        cache[:, :, position : position + L] = rows
+        return cache.clone()
+    at = (torch.arange(L) + position)[None, None, :, None].expand_as(rows)
+    return cache.scatter(2, at, rows) if spelling == "scatter" else cache.scatter_(2, at, rows).clone()
+
+
+def putting(spelling: str, position: int | None) -> Step:
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, index: Tensor
+    ) -> tuple[Tensor, ...]:
+        q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
+        cos, sin = (torch.cat((f(angles), f(angles)), -1)[None, None].to(q.dtype) for f in (torch.cos, torch.sin))
+        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
+        at = index if position is None else position
+        return q, put(spelling, keys, k, at), put(spelling, values, v, at)
+
+    return step
+
+
+WRITES = {
+    "scatter": (putting("scatter", None), "scalar"), "scatter_": (putting("scatter_", None), "scalar"),
+    "slice_scatter": (putting("slice", 4), "none"), "assigned": (putting("assigned", 4), "none"),
+    "prefill": (putting("assigned", 0), "none"), "the last": (putting("slice", S - L), "none"),
+}  # fmt: skip
 CASES: dict[str, tuple[Step, int]] = {
     "llama": (llama, 0), "qwen3": (normed(llama), 2), "interleaved": (interleaved, 0), "partial": (partial, 0),
     "partial, norms": (normed(partial), 2), "yarn": (yarn, 0), "apertus": (apertus, 2),
+    **{name: (step, 0) for name, (step, _) in WRITES.items()},
 }  # fmt: skip
 
 
@@ -155,6 +185,54 @@ def test_numbers(case: str, dtype: torch.dtype) -> None:
         assert o.shape == e.shape and o.dtype == e.dtype
         error, own = ((t.double() - w).norm() for t in (o, e))
         assert error <= 1.5 * own + 3e-7 * w.norm(), (float(error), float(own))
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_what_says_where_rows_are_written(case: str) -> None:
+    step, index = WRITES[case]
+    _, made = run(step, *inputs_of(case, torch.float32))
+    assert [dict(d.details)["index"] for d in made.fused] == [index]
+
+
+def one_token(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: int
+) -> tuple[Tensor, ...]:
+    q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
+    keys[:, :, at : at + 1], values[:, :, at : at + 1] = k, v
+    return q, keys.clone(), values.clone()
+
+
+def test_a_position_that_python_counts_is_one_kernel_for_all() -> None:
+    """The second position makes the number symbolic; the kernel takes it as an argument."""
+    heads = torch.randn(B, H, 1, D), torch.randn(B, HK, 1, D), torch.randn(B, HK, 1, D)
+    options = {"strict": True, "remainder": "eager", "machine": "h200", "disable": OTHERS}
+    torch._dynamo.reset()
+    compiled = torch.compile(one_token, backend=backend.fusion_compiler, options=options)
+    for at in (3, 5, 9):
+        given = *heads, torch.rand(1, D), torch.rand(1, D), torch.randn(B, HK, S, D), torch.randn(B, HK, S, D)
+        mine, theirs = ([t.clone() for t in given] for _ in range(2))
+        with torch.no_grad():
+            out = compiled(*mine, at)
+        torch.testing.assert_close(out, one_token(*theirs, at), atol=1e-6, rtol=1e-6)
+        made = fc.last_report()
+        assert made is not None and [dict(d.details)["index"] for d in made.fused] == ["none" if at == 3 else "size"]
+
+
+def test_a_position_below_zero_counts_from_the_end() -> None:
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, position: Tensor
+    ) -> tuple[Tensor, ...]:
+        q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
+        cos, sin = (torch.cat((f(angles), f(angles)), -1)[None, None] for f in (torch.cos, torch.sin))
+        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
+        at = torch.arange(L) + position - 2
+        keys[:, :, at], values[:, :, at] = k, v
+        return q, keys.clone(), values.clone()
+
+    inputs = *inputs_of("llama", torch.float32)[:6], torch.tensor([1])
+    out, made = run(step, *(t.clone() for t in inputs))
+    assert [d.kernel for d in made.fused] == ["triton rope_cache"], made
+    torch.testing.assert_close(out, step(*(t.clone() for t in inputs)), atol=1e-6, rtol=1e-6)
 
 
 def behind(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

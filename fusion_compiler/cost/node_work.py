@@ -156,7 +156,7 @@ def unique_bytes(value: torch.Tensor) -> Amount:
 
 def written_bytes(node: Node) -> Amount:
     if name_of(node) in SCATTERS:
-        return sum((unique_bytes(s.meta["val"]) for s in read_by(node)[-1:]), 0)
+        return sum((unique_bytes(t) for t in [t for s in read_by(node) for t in tensors_of(s)][-1:]), 0)
     return sum((unique_bytes(t) for t in tensors_of(node)), 0)
 
 

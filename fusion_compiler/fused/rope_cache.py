@@ -17,11 +17,13 @@ class RopeCache:
     turned queries. What of "q", "k" and "out" `tokens_first` names stands as [B, L, heads, D]; cos and sin broadcast to
     the shape of q, as [B, L, heads, D] where it names "angles", or to half of its last axis. The halves (a, b) of D, or
     its even and odd elements where `interleaved`, become (a·cos − b·sin, b·cos + a·sin), after a norm of each head
-    where there is one; of the first `rotary` elements of D, where that is not 0, and the others stay as they are. Token
-    t goes to position `offset` + scalar + t, or to the t-th of the indices where `indexed`.
+    where there is one; of the first `rotary` elements of D, where that is not 0, and the others stay as they are.
 
-    Operands of a site, in this order: q, k, v, cos, sin, key cache, value cache, the scalar or indices [L], [norm
-    weight of q], [norm weight of k]. `results` names the site's outputs in their order: "out", "keys", "values".
+    Token t goes to position `offset` + t where `index` is "none", further by what is read where it is "scalar" (one
+    integer on the device) or "size" (a symbolic number), or to the t-th of the "indices".
+
+    Operands of a site, in this order: q, k, v, cos, sin, key cache, value cache, [the scalar, the size or indices [L]],
+    [norm weight of q], [norm weight of k]. `results` names the site's outputs in their order: "out", "keys", "values".
     """
 
     batch: int
@@ -35,7 +37,7 @@ class RopeCache:
     dtype: torch.dtype
     interleaved: bool = False
     tokens_first: frozenset[str] = frozenset()
-    indexed: bool = False
+    index: str = "scalar"
     offset: int = 0
     rotary: int = 0
     q_norm: RowNorm | None = None

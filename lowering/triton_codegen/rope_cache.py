@@ -62,7 +62,7 @@ def candidates(op: RopeCache, machine: Machine) -> list[Candidate] | Unavailable
             emit=functools.partial(emit, op),
             details=(
                 ("tokens", tokens(op)),
-                ("index", "indices" if op.indexed else "position"),
+                ("index", op.index),
                 ("rotary", op.rotary or op.head_dim),
                 ("norms", sum(norm is not None for norm in (op.q_norm, op.k_norm))),
             ),
@@ -109,7 +109,8 @@ def argument_names(op: RopeCache) -> list[str]:
     weights = [
         f"{n}_weight" for n, norm in (("q", op.q_norm), ("k", op.k_norm)) if norm is not None and norm.has_weight
     ]
-    return ["q", "k", "v", "cos", "sin", "keys", "values", "index", *weights, "out"]
+    index = ["index"] if op.index != "none" else []
+    return ["q", "k", "v", "cos", "sin", "keys", "values", *index, *weights, "out"]
 
 
 class _Writer:
@@ -131,9 +132,12 @@ class _Writer:
         self.emit(f"block = tl.program_id(0) // {op.heads + 2 * op.kv_heads}")
         self.emit(f"row = block.to(tl.int64) * {several} + tl.arange(0, {several})[:, None]")
         self.emit(f"row_in = row < {op.batch * op.length}", f"batch = row // {op.length}", f"token = row % {op.length}")
-        given = "index + token, mask=row_in, other=0" if op.indexed else "index"
-        self.emit(f"at = tl.load({given}).to(tl.int64){'' if op.indexed else f' + token + {op.offset}'}")
-        if op.indexed:
+        first = {"scalar": "tl.load(index).to(tl.int64) + ", "size": "index + ", "none": ""}.get(op.index)
+        if first is not None:
+            self.emit(f"at = {first}token + {op.offset}")
+        else:
+            self.emit("at = tl.load(index + token, mask=row_in, other=0).to(tl.int64)")
+        if op.index != "none":
             self.emit(f"at = tl.where(at < 0, at + {op.cache_length}, at)  # from the end, as in torch")
         self.emit(f"held = row_in & (at >= 0) & (at < {op.cache_length})")
         self.emit(f"if head < {op.heads + op.kv_heads}:")

@@ -1,0 +1,148 @@
+"""Writes of new rows into a static cache [B, heads, S, D], along its third axis, in all their spellings.
+
+`index_put` (which `index_copy` becomes), `scatter` with an index that is the same for every head and column,
+`slice_scatter` and `select_scatter` (what assigning to a slice or to one position becomes). Two writes go to the same
+places if their positions are equal. Where the positions are counted from one integer, that is what a kernel reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .attention import axes
+from .attention.index_functions import Indexer
+from .attention.limits import loads_of, read_from
+from .raising.registry import arguments
+from .shapes import shape_of
+
+aten = torch.ops.aten
+POSITIONS = 2  # the axis of a cache
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where L rows are put: at `offset` + t where `kind` is "none", further by the integer that `node` holds on the
+    device ("scalar") or in the graph ("size"), or at the "indices" [L] of `node`."""
+
+    kind: str
+    node: Node | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Write:
+    """New rows `rows` [B, heads, L, D] put into `cache` [B, heads, S, D]."""
+
+    node: Node
+    cache: Node
+    at: Positions
+    rows: Node
+
+
+def written(node: Node) -> Write | None:
+    """The write that `node` is, all of its sizes known."""
+    find = _SPELLINGS.get(node.target)
+    write = find(node) if find is not None else None
+    if write is None:
+        return None
+    shapes = [shape_of(n) for n in (write.cache, write.rows)]
+    if not all(len(shape) == 4 and all(isinstance(size, int) for size in shape) for shape in shapes):
+        return None
+    (batch, heads, _, width), rows = shapes
+    fits = rows[:2] == (batch, heads) and rows[3] == width
+    return write if fits and write.cache.meta["val"].dtype == write.rows.meta["val"].dtype else None
+
+
+def _put(node: Node) -> Write | None:
+    cache, indices, rows, accumulate = arguments(node, (None, None, None, False))
+    at = [i for i in indices if i is not None]
+    if accumulate or len(at) != 1 or len(indices) <= POSITIONS or indices[POSITIONS] is None:
+        return None
+    fits = isinstance(rows, Node) and len(shape_of(rows)) == 4 and shape_of(at[0]) == shape_of(rows)[2:3]
+    if not fits or at[0].meta["val"].dtype == torch.bool:
+        return None
+    return Write(node, cache, _counted(at[0]), rows)
+
+
+def _scattered(node: Node) -> Write | None:
+    cache, dim, index, rows = arguments(node, (None, 0, None, None))
+    shape = shape_of(index)
+    if len(shape) != 4 or dim % 4 != POSITIONS or shape != shape_of(rows):
+        return None
+    view = axes.View.of(index)
+    while (below := axes.step(view.source)) is not None:
+        further = view.through(below)
+        if further is None:
+            break
+        view = further
+    length = (axes.Atom(0, axes.ONE, axes.size_of(shape[POSITIONS])),) if shape[POSITIONS] != 1 else ()
+    alone = all(atom.axis is None for place, dim in enumerate(view.dims) if place != POSITIONS for atom in dim)
+    if not alone or len(shape_of(view.source)) > 1 or view.dims[POSITIONS] != length:
+        return None
+    return Write(node, cache, _counted(view.source), rows)
+
+
+def _sliced(node: Node) -> Write | None:
+    cache, rows, dim, start, _, step = arguments(node, (None, None, 0, None, None, 1))
+    if dim % 4 != POSITIONS or step != 1:
+        return None
+    return _from(node, cache, start if start is not None else 0, _copied(rows))
+
+
+def _selected(node: Node) -> Write | None:
+    cache, row, dim, index = arguments(node, (None, None, None, None))
+    row = _copied(row)
+    if dim % 4 != POSITIONS or row.target is not aten.select.int:
+        return None
+    rows, taken, _ = arguments(row, (None, None, None))
+    one = len(shape_of(rows)) == 4 and taken % 4 == POSITIONS and shape_of(rows)[POSITIONS] == 1
+    return _from(node, cache, index, rows) if one else None
+
+
+_SPELLINGS: dict[Any, Callable[[Node], Write | None]] = {
+    aten.index_put.default: _put, aten.scatter.src: _scattered, aten.slice_scatter.default: _sliced,
+    aten.select_scatter.default: _selected,
+}  # fmt: skip
+
+
+def _copied(node: Node) -> Node:
+    """What a functional copy into a part of a cache takes as it is."""
+    if node.target is not aten.copy.default:
+        return node
+    source: Any = node.args[1]
+    same = isinstance(source, Node) and shape_of(source) == shape_of(node)
+    return source if same and source.meta["val"].dtype == node.meta["val"].dtype else node
+
+
+def _from(node: Node, cache: Node, start: int | Node, rows: Node) -> Write | None:
+    """The write of `rows` from the position `start` on, which lies within the cache."""
+    if isinstance(start, Node):
+        return Write(node, cache, Positions("size", start), rows)
+    length = shape_of(cache)[POSITIONS]
+    if not isinstance(length, int):
+        return None
+    return Write(node, cache, Positions("none", offset=start % length if start < 0 else start), rows)
+
+
+def _counted(at: Node) -> Positions:
+    """The positions that the integers `at` [L], or one integer, name."""
+    indexer, token = Indexer(), sympy.Symbol("token", integer=True, nonnegative=True)
+    shape = shape_of(at)
+    one = shape in ((1,), ())
+    term = indexer.at(at, ((sympy.Integer(0) if one else token),) if shape else ())
+    if isinstance(term, sympy.Expr):
+        first = sympy.expand(term - (0 if one else token))
+        if first.is_Integer and first >= 0:
+            return Positions("none", offset=int(first))
+        reads = loads_of(first, indexer)
+        if len(reads) == 1 and sympy.expand(first - reads[0]).is_Integer and all(i == 0 for i in reads[0].args):
+            node = read_from(reads[0], indexer)
+            if all(n == 1 for n in shape_of(node)):
+                return Positions("scalar", node, int(sympy.expand(first - reads[0])))
+    return Positions("indices", at)
