@@ -12,10 +12,11 @@ def lowerings() -> tuple[Lowering, ...]:
     """Every lowering, in the order in which equally fast candidates are preferred."""
     from .registered import RegisteredKernels
     from .triton_codegen import TritonCodegen
+    from .vendor.flash3 import FlashAttention3
     from .vendor.int8_linear import Int8Linear
     from .vendor.sdpa import VendorSdpa
 
-    return (VendorSdpa(), Int8Linear(), RegisteredKernels(), TritonCodegen())
+    return (VendorSdpa(), FlashAttention3(), Int8Linear(), RegisteredKernels(), TritonCodegen())
 
 
 def direct_kernels() -> dict[str, Callable[..., Any]]:

@@ -36,6 +36,7 @@ LAZY = {
     "torch_mlu_ops",
     "aiter",
     "flash_attn",
+    "flash_attn_interface",
     "xformers",
     "tensorrt",
     "transformers",
