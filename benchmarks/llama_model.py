@@ -60,6 +60,8 @@ def rewind(cache: StaticCache, position: int) -> None:
     """Let the next token be written at `position` again."""
     for layer in cache.layers:
         layer.cumulative_length.fill_(position)
+        if hasattr(layer, "cumulative_length_int"):  # sliding windows count in Python, and graphs are compiled for it
+            layer.cumulative_length_int = position
 
 
 class DecodeStep:
