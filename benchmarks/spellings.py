@@ -153,7 +153,7 @@ def stages(layers: int, machine: str) -> Table:
         getattr(pattern, "variants", None)  # traced once per process
     view = timed("raise", lambda: SemanticView(gm))
     matches, _ = timed("match", lambda: find_all(view, patterns))
-    judged = timed("judge", lambda: backend.judge_all(gm, matches, target))
+    judged, _ = timed("judge", lambda: backend.judge_all(gm, matches, target))
     timed("select", lambda: backend.choose(gm, judged))
     ours = sum(seconds.values())
     torch._dynamo.reset()

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,10 @@ from .judge import judge
 from .legality import Legality, is_empty
 from .machine import TABLE, Machine, machine
 from .match import Match, find_all
+from .notes import notes
 from .offers import offers_of, shared, unknown_size
 from .quantised import with_packed_weights
+from .ranges import ranges_of
 from .reasons import EMPTY, UNGUARDED, UNKNOWN
 from .report import Decision, Failure, NearMiss, Report, Work, where
 from .semantics import SemanticView
@@ -144,9 +146,12 @@ class Judged:
     def kept(self, reason: str) -> Judged:
         return dataclasses.replace(self, decision=_kept(self.decision, reason), candidate=None)
 
-    def for_all_sizes(self) -> Judged:
-        found = self.kept(UNGUARDED) if self.candidate and (self.span or self.limit) else self
-        return dataclasses.replace(found, span=None)
+    def serving(self, whole: Collection[sympy.Symbol]) -> Judged:
+        """This where all sizes of the symbols in `whole` have to be served."""
+        bounding = {self.span[0]} if self.span is not None else set()
+        limiting = set() if self.limit is None else self.limit.free_symbols
+        found = self.kept(UNGUARDED) if self.candidate and (bounding | limiting) & set(whole) else self
+        return dataclasses.replace(found, span=None) if bounding & set(whole) else found
 
 
 def _kept(decision: Decision, reason: str) -> Decision:
@@ -181,9 +186,7 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
             matches, rounded = with_packed_weights(view, matches, q8_activations=options.activations == "q8_1")
             near_misses += rounded
         with _stage("judge"):
-            judged = judge_all(gm, matches, target, tuner)
-            if not guardable:
-                judged = [j.for_all_sizes() for j in judged]
+            judged, ranged = judge_all(gm, matches, target, tuner, whole=unguarded(gm, guardable=guardable))
         with _stage("select"):
             judged = choose(gm, judged)
     except StageError as error:
@@ -196,7 +199,7 @@ def plan(gm: GraphModule, options: Options, label: str, *, trains: bool = False,
         near_misses=tuple(
             NearMiss(n.pattern, n.reason, where(n.node), n.node.name, where(n.root)) for n in near_misses
         ),
-        notes=(*report.notes, *(tuner.notes if tuner else ())),
+        notes=(*report.notes, *ranged, *(tuner.notes if tuner else ())),
     )
     return Planned(report, tuple(judged))
 
@@ -208,35 +211,12 @@ def tuner_for(gm: GraphModule, options: Options, target: Machine) -> measure.Tun
     return measure.Tuner(target, here, settings, strict=options.strict)
 
 
-_UNFUSED: tuple[tuple[str, Callable[[Node], bool]], ...] = (
-    ("complex", lambda node: node.meta["val"].is_complex()),
-    ("float64", lambda node: node.meta["val"].dtype == torch.float64 and node.meta["val"].dim() > 0),
-    ("empty", is_empty),
-)
-
-
-def notes(gm: GraphModule, *, trains: bool) -> tuple[str, ...]:
-    """What the user should know of a graph as a whole."""
-    found = []
-    if trains:
-        found.append("part of a training step: intermediates saved for backward stay, so less can be fused")
-    for kind, holds in _UNFUSED:
-        named = [n for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor) and holds(n)]
-        if named:
-            some = f"{named[0].name} at {where(named[0])}"
-            found.append(f"{kind} tensors are left to Inductor; there are {len(named)} here, the first is {some}")
-    bodies = [n for n in gm.graph.nodes if any(_is_body(gm, a) for a in n.all_input_nodes)]
-    if bodies:
-        found.append(
-            f"bodies of {bodies[0].target} are left to Inductor; there are {len(bodies)} here, the first at "
-            f"{where(bodies[0])}; what is computed outside of them can be fused"
-        )
-    return tuple(found)
-
-
-def _is_body(gm: GraphModule, node: Node) -> bool:
-    """Whether a node is a graph that a higher-order operator calls: cond, while_loop, a nested_compile_region."""
-    return node.op == "get_attr" and isinstance(getattr(gm, str(node.target), None), GraphModule)
+def unguarded(gm: GraphModule, *, guardable: bool) -> set[sympy.Symbol]:
+    """The symbols of which a graph has to serve all sizes."""
+    mode = fake_tensors.find_mode(gm)
+    if mode is None:
+        return set()
+    return size_guards.promised(mode) if guardable else size_guards.symbols(mode)
 
 
 def device_of(gm: GraphModule) -> str:
@@ -246,16 +226,26 @@ def device_of(gm: GraphModule) -> str:
 
 
 def judge_all(
-    gm: GraphModule, matches: Sequence[Match], target: Machine, tuner: measure.Tuner | None = None
-) -> list[Judged]:
-    """The verdict on every match; a form of a match that is not legal is offered with the sentence that says why."""
+    gm: GraphModule,
+    matches: Sequence[Match],
+    target: Machine,
+    tuner: measure.Tuner | None = None,
+    *,
+    whole: Collection[sympy.Symbol] = (),
+) -> tuple[list[Judged], tuple[str, ...]]:
+    """The verdict on every match, and notes on the ranges of sizes for which they hold; these are all the sizes of the
+    symbols in `whole`.
+
+    A form of a match that is not legal is offered with the sentence that says why.
+    """
     from .lowering import lowerings
 
     legality, offering = Legality(gm.graph), lowerings()
     judged = []
     taken: list[set[Node]] = []
-    offered = [offers_of(match, legality, target, offering) for match in matches]
-    for match, offers in zip(matches, shared(matches, offered), strict=True):
+    offered = list(shared(matches, [offers_of(match, legality, target, offering) for match in matches]))
+    ranges = ranges_of(matches, offered, target, whole)
+    for match, offers in zip(matches, offered, strict=True):
         unknown = unknown_size(match.site)
         if unknown is not None or is_empty(match.site.output):
             nothing, reason = Work(0, 0, 0, 0, 0.0), EMPTY if unknown is None else UNKNOWN.format(unknown)
@@ -265,15 +255,16 @@ def judge_all(
         if isinstance(match.op, (MatmulFamily, MatmulGroup)):
             activated = match.op.whole.activation is not None
             match = dataclasses.replace(match, severed=severed_seconds(match.site, taken, target, activation=activated))
-        judgement = judge(match, offers, target)
+        judgement = judge(match, offers, target, ranges=ranges.of, whole=whole)
         judgement = tuner.refine(judgement, offers) if tuner else judgement
         choice = judgement.choice()
         if choice.candidate is not None:
             taken.append(set(choice.site.interior) - set(choice.site.escaping))
         ranged = judgement.symbol is not None and len(judgement.choices) > 1
         span = (judgement.symbol, choice.lo, choice.hi) if ranged and judgement.symbol is not None else None
-        judged.append(Judged(judgement.decision, choice.site, choice.candidate, span))
-    return judged
+        found = Judged(judgement.decision, choice.site, choice.candidate, span)
+        judged.append(found.serving(whole))
+    return judged, ranges.notes
 
 
 def choose(gm: GraphModule, judged: Sequence[Judged]) -> list[Judged]:

@@ -1,63 +1,35 @@
 """Whether a fusion pays: the cheapest of what the lowerings offer and of leaving the nodes to Inductor.
 
 A prediction is trusted only beyond its error: a candidate must be predicted to need less than (1 − error) of the time
-that Inductor needs for the nodes it replaces. With a symbolic size the verdict is a list of ranges.
+that Inductor needs for the nodes it replaces. With a symbolic size the verdict is a list of ranges, in none of which a
+candidate is taken that is predicted to lose against Inductor for some size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
-import torch
 from torch.fx import Node
 
-from .candidates import MARGIN, Amount, Candidate, Lowering, Traffic, Unavailable
-from .cost.amounts import at, is_symbolic
+from .candidates import MARGIN, Candidate
+from .cost.amounts import at
 from .cost.amounts import fixed as fixed_at
-from .cost.baseline import Plan, inductor_plan
-from .cost.crossover import FAR, cheapest
+from .cost.crossover import common, sizes
 from .cost.roofline import matmul_facts
 from .fused import FusedOp, MatmulFamily, Site
 from .machine import Machine
 from .match import Match
-from .reasons import fused_reason, kept_reason
+from .offers import Offer
+from .reasons import FEW_RANGES, UNGUARDED, fused_reason, kept_reason
 from .report import Decision, Option, Range, Verdict, Work, where
-from .torch_private.symbols import range_of, traced_values
+from .rivals import Bounds, Price, Rivals, Way, replaced, rivals
 
 MOST_RANGES = 3
-CLOSE = 0.25  # predictions that differ by less are worth a measurement
 INDUCTOR = "inductor"
-_Values = Mapping[sympy.Symbol, int | sympy.Symbol]
-_Span = tuple[int, int | None, int]  # from, to, number of the way that wins: 0 is Inductor
-Price = Callable[[Sequence[Node]], Plan]  # what Inductor makes of nodes, in graph order
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What the lowerings have for one alternative of a match. `unavailable` says, by lowering, why there is nothing;
-    a legality refusal of the alternative belongs there too."""
-
-    op: FusedOp
-    site: Site
-    candidates: tuple[Candidate, ...] = ()
-    unavailable: tuple[tuple[str, Unavailable], ...] = ()
-
-
-def offer(op: FusedOp, site: Site, machine: Machine, lowerings: Iterable[Lowering]) -> Offer:
-    """Asks every lowering."""
-    candidates: list[Candidate] = []
-    unavailable: list[tuple[str, Unavailable]] = []
-    for lowering in lowerings:
-        found = lowering.candidates(op, machine)
-        if isinstance(found, Unavailable):
-            unavailable.append((lowering.name, found))
-        else:
-            candidates.extend(found)
-    return Offer(op, site, tuple(candidates), tuple(unavailable))
 
 
 @dataclass(frozen=True)
@@ -73,16 +45,31 @@ class Choice:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The decision for the report, and the candidate to emit for each range of `symbol` (one choice where none)."""
+    """The decision for the report, and the candidate to emit for each range of `symbol` (one choice where none).
+    `winner` is the number of the way that won for the size seen when tracing: 0 is Inductor."""
 
-    match: Match
+    rivals: Rivals
     decision: Decision
     choices: tuple[Choice, ...]
-    symbol: sympy.Symbol | None = None
-    traced: int | None = None  # size of the symbol when tracing
-    sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # of all symbols when tracing
-    winner: int = 0  # where traced: 0 is Inductor, then the candidates in their order
-    spans: Callable[[int], list[_Span]] | None = None  # who would win where, if one way were CLOSE cheaper
+    winner: int = 0
+
+    @property
+    def match(self) -> Match:
+        return self.rivals.match
+
+    @property
+    def symbol(self) -> sympy.Symbol | None:
+        return self.rivals.symbol
+
+    @property
+    def traced(self) -> int | None:
+        """Size of the symbol when tracing."""
+        return self.rivals.traced
+
+    @property
+    def sizes(self) -> Mapping[sympy.Symbol, int]:
+        """Of all symbols when tracing."""
+        return self.rivals.sizes
 
     @property
     def saving(self) -> float:
@@ -102,9 +89,13 @@ class Judgement:
         """
         if self.symbol is None or self.traced is None:
             return measured
-        here, won = self.choice(), measured.choices[0]
-        lo, hi = self._near(measured.winner)
+        here, won, near = self.choice(), measured.choices[0], self._near(measured.winner)
+        if near is None:
+            return self
+        lo, hi = near
         lo, hi = max(lo, here.lo), here.hi if hi is None else hi if here.hi is None else min(hi, here.hi)
+        if lo == hi:  # of one size torch makes a static graph
+            return self
         choices: list[Choice] = []
         ranges: list[Range] = []
         for choice, told in zip(self.choices, self.decision.ranges, strict=True):
@@ -121,11 +112,12 @@ class Judgement:
         decision = dataclasses.replace(measured.decision, ranges=tuple(ranges))
         return dataclasses.replace(self, decision=decision, choices=tuple(choices))
 
-    def _near(self, winner: int) -> tuple[int, int | None]:
-        spans = self.spans(winner) if self.spans else []
+    def _near(self, winner: int) -> Bounds | None:
+        """The sizes around the traced one for which the winner is predicted to be nearly the cheapest."""
         at = self.traced or 0
-        found = ((lo, hi) for lo, hi, w in spans if lo <= at and (hi is None or at <= hi) and w == winner)
-        return next(found, (at, at))
+        spans = self.rivals.favouring(winner)
+        found = ((lo, hi) for (lo, hi), w in spans if lo <= at and (hi is None or at <= hi) and w == winner)
+        return next(found, None)
 
     def _told(self, symbol: str) -> Range:
         candidate = self.choices[0].candidate
@@ -133,209 +125,132 @@ class Judgement:
         return Range(symbol, 0, None, self.decision.verdict, name, self.decision.reason)
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A candidate at its alternative, with what stays for Inductor beside it."""
-
-    offer: Offer
-    candidate: Candidate
-    rest: Plan
-    measured: bool
-    severed: Amount = 0.0
-
-    @property
-    def seconds(self) -> Amount:
-        return self.candidate.seconds + self.rest.seconds + self.severed
-
-    def priced(self) -> Amount:
-        """The time at which the candidate counts: a prediction must win by its error, a measurement need not."""
-        error: Amount = 0.0 if self.measured else self.candidate.error
-        return self.candidate.seconds / (1 - error) + self.rest.seconds + self.severed
-
-    @property
-    def traffic(self) -> Traffic:
-        return self.candidate.traffic + self.rest.traffic
-
-
-def judge(match: Match, offers: Sequence[Offer], machine: Machine, *, price: Price | None = None) -> Judgement:
+def judge(
+    match: Match,
+    offers: Sequence[Offer],
+    machine: Machine,
+    *,
+    price: Price | None = None,
+    ranges: Mapping[sympy.Symbol, Sequence[Bounds]] | None = None,
+    whole: Collection[sympy.Symbol] = (),
+) -> Judgement:
     """The verdict on one match. `offers` holds the match itself and its alternatives, in any order.
 
-    `price` tells what Inductor makes of a set of nodes; it is predicted where not given, otherwise measured.
+    `price` tells what Inductor makes of a set of nodes; it is predicted where not given, otherwise measured. `ranges`
+    are those of the match's graph; without them it gets at most MOST_RANGES of its own, or one for a symbol in `whole`,
+    of which the graph has to serve all sizes.
     """
-    measured = price is not None
-    price = price or (lambda nodes: inductor_plan(nodes, machine))
-    prologue = set(match.prologue)
-    everything = sorted({n for o in offers for n in _replaced(o.site)} - prologue)
-    norm = price(match.prologue).share(match.prologue_share)
-    before = price(everything) + norm
-    ways = []
-    for o in (o for o in offers if o.candidates):
-        folds = bool(prologue) and match.prologue[-1] in o.site.interior
-        gone = set(_replaced(o.site))
-        rest = price([n for n in everything if n not in gone]) + (Plan(()) if folds else norm)
-        ways += [_Way(o, c, rest, bool(dict(c.details).get("measured")), match.severed) for c in o.candidates]
-    sizes = _traced(match.op)
-    symbol = _symbol(match.op, [before.seconds, *(w.seconds for w in ways)])
-    # sizes that were equal when tracing (queries and keys) are taken to vary together, the others to stay
-    fixed = {s: symbol if symbol and v == sizes.get(symbol) else v for s, v in sizes.items() if s != symbol}
-
-    def solve(favoured: int | None = None) -> list[_Span]:
-        return _spans(match.op, before, ways, symbol, fixed, favoured)
-
-    winners: list[_Way | None] = [None, *ways]
-    solved = solve()
-    traced = sizes.get(symbol) if symbol is not None else None
-    won = next(w for lo, hi, w in solved if traced is None or (lo <= traced and (hi is None or traced <= hi)))
-    spans, here = [(lo, hi, winners[w]) for lo, hi, w in solved], winners[won]
-    context = _Context(match, offers, machine, before, ways, sizes, measured)
-    return Judgement(
-        match,
-        context.decision(here, () if symbol is None else tuple(context.range(symbol, *span) for span in spans)),
-        tuple(Choice(lo, hi, *_place(match, w), w.candidate if w else None) for lo, hi, w in spans),
-        symbol,
-        traced,
-        sizes,
-        won,
-        solve,
-    )
+    found = rivals(match, offers, machine, price)
+    context = _Context(found, machine, found.symbol in whole)
+    if found.symbol is None:
+        spans: list[tuple[Bounds, int]] = [((0, None), found.best(None))]
+    else:
+        own = (ranges or {}).get(found.symbol) or _own_ranges(found, 1 if found.symbol in whole else MOST_RANGES)
+        spans = _merged([(bounds, _over(found, bounds)) for bounds in own])
+    traced = found.traced
+    won = next(w for (lo, hi), w in spans if traced is None or (lo <= traced and (hi is None or traced <= hi)))
+    told = () if found.symbol is None else tuple(context.range(found.symbol, *b, found.way(w)) for b, w in spans)
+    choices = (_choice(found, *span) for span in spans)
+    return Judgement(found, context.decision(found.way(won), told), tuple(choices), won)
 
 
-def _place(match: Match, way: _Way | None) -> tuple[FusedOp, Site]:
-    return (way.offer.op, way.offer.site) if way else (match.op, match.site)
+def _own_ranges(found: Rivals, at_most: int) -> list[Bounds]:
+    lo, hi = found.looked_at
+    return found.bounded(common({found.curves: [1] * len(sizes(lo, hi))}, lo, hi, at_most)[0])
 
 
-def _spans(
-    op: FusedOp,
-    before: Plan,
-    ways: Sequence[_Way],
-    symbol: sympy.Symbol | None,
-    fixed: _Values,
-    favoured: int | None = None,
-) -> list[_Span]:
-    """Which way wins over the sizes of the symbol; without one, a single entry. With one way `favoured` by CLOSE, all
-    ranges are given, however many."""
-    costs = [fixed_at(c, fixed) for c in (before.seconds, *(w.priced() for w in ways))]
-    if favoured is not None:
-        seconds = before.seconds if favoured == 0 else ways[favoured - 1].seconds
-        costs[favoured] = fixed_at(seconds, fixed) / (1 + CLOSE)
-    valid = [True, *(fixed_at(w.candidate.valid, fixed) for w in ways)]
-    if symbol is None:
-        usable = [i for i, ok in enumerate(valid) if ok in (True, sympy.true)]
-        return [(0, None, min(usable, key=lambda i: float(costs[i])))]
-    begin, end = range_of(_size_with(op, symbol), symbol)
-    lo = max(begin, 1)  # nothing is computed for size 0, so it has no price of its own
-    far = FAR if end is None else max(lo, min(end, FAR))
-    spans = cheapest(costs, symbol, lo, far, valid, at_most=MOST_RANGES if favoured is None else None)
-    first, last = spans[0], spans[-1]
-    return [(begin if s is first else s.lo, end if s is last else s.hi, s.winner) for s in spans]
+def _over(found: Rivals, bounds: Bounds) -> int:
+    lo, hi = found.looked_at
+    return found.curves.over(max(bounds[0], lo), hi if bounds[1] is None else min(bounds[1], hi))
 
 
-# ---- nodes --------------------------------------------------------------------------------------
-def _replaced(site: Site) -> list[Node]:
-    """The nodes that die with the site's output, in graph order: nothing else reads them."""
-    gone = set(site.outputs)
-    for node in sorted(site.interior, reverse=True):
-        if node.users and all(user in gone for user in node.users):
-            gone.add(node)
-    return sorted(gone)
+def _merged(spans: Sequence[tuple[Bounds, int]]) -> list[tuple[Bounds, int]]:
+    """Neighbours with the same way as one."""
+    merged = list(spans[:1])
+    for (lo, hi), way in spans[1:]:
+        (begin, _), before = merged[-1]
+        if way == before:
+            merged[-1] = (begin, hi), way
+        else:
+            merged.append(((lo, hi), way))
+    return merged
 
 
-# ---- symbols ------------------------------------------------------------------------------------
-def _symints(op: FusedOp) -> list[torch.SymInt]:
-    attributes = [getattr(op, f.name) for f in fields(op)]
-    values = [v for a in attributes for v in (a if isinstance(a, tuple) else (a,))]
-    return [v for v in values if isinstance(v, torch.SymInt) and is_symbolic(v.node.expr)]
-
-
-def _traced(op: FusedOp) -> dict[sympy.Symbol, int]:
-    found: dict[sympy.Symbol, int] = {}
-    for size in _symints(op):
-        found |= traced_values(size)
-    return found
-
-
-def _size_with(op: FusedOp, symbol: sympy.Symbol) -> torch.SymInt:
-    return next(s for s in _symints(op) if symbol in s.node.expr.free_symbols)
-
-
-def _symbol(op: FusedOp, costs: Iterable[Amount]) -> sympy.Symbol | None:
-    """The size that ranges are solved in: the first of the fused op's that the costs depend on."""
-    free = {s for c in costs if isinstance(c, sympy.Basic) for s in c.free_symbols}
-    ordered = [s for size in _symints(op) for s in sorted(size.node.expr.free_symbols, key=str)]
-    return next((s for s in ordered if s in free), None)
+def _choice(found: Rivals, bounds: Bounds, number: int) -> Choice:
+    way = found.way(number)
+    if way is None:
+        return Choice(*bounds, found.match.op, found.match.site, None)
+    return Choice(*bounds, way.offer.op, way.offer.site, way.candidate)
 
 
 # ---- the report ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Context:
-    match: Match
-    offers: Sequence[Offer]
+    rivals: Rivals
     machine: Machine
-    before: Plan
-    ways: Sequence[_Way]
-    sizes: Mapping[sympy.Symbol, int]
-    measured: bool  # what Inductor takes
+    whole: bool  # whether one verdict has to serve all sizes
 
-    def decision(self, way: _Way | None, ranges: tuple[Range, ...]) -> Decision:
-        before = Work.of(self.before.traffic, self.before.seconds, self.sizes)
-        after = Work.of(way.traffic, way.seconds, self.sizes) if way else None
+    def decision(self, way: Way | None, ranges: tuple[Range, ...]) -> Decision:
+        before = Work.of(self.rivals.before.traffic, self.rivals.before.seconds, self.rivals.sizes)
+        after = Work.of(way.traffic, way.seconds, self.rivals.sizes) if way else None
         return Decision(
-            pattern=self.match.pattern,
+            pattern=self.rivals.match.pattern,
             verdict="fused" if way else "kept",
-            reason=self._reason(way, self.sizes),
-            where=where(self.match.site.output),
+            reason=self._reason(way, self.rivals.sizes),
+            where=where(self.rivals.match.site.output),
             before=before,
             after=after,
             candidates=self._options(before),
             kernel=way.candidate.kernel if way else "",
             ranges=ranges,
-            node=self.match.site.output.name,
+            node=self.rivals.match.site.output.name,
             nodes=tuple(n.name for n in self._concerned(way)),
             details=(way.candidate.details if way else ()) + self._facts(),
         )
 
-    def _concerned(self, way: _Way | None) -> list[Node]:
+    def _concerned(self, way: Way | None) -> list[Node]:
         """The nodes that are replaced, or would be, with those of a norm that is folded in, whoever else reads it."""
-        site = way.offer.site if way else self.match.site
-        folded = [n for n in self.match.prologue if n in site.interior]
-        return sorted({*_replaced(site), *folded})
+        site = way.offer.site if way else self.rivals.match.site
+        folded = [n for n in self.rivals.match.prologue if n in site.interior]
+        return sorted({*replaced(site), *folded})
 
     def _facts(self) -> tuple[tuple[str, float], ...]:
-        op = self.match.op
-        return matmul_facts(op, self.sizes) if isinstance(op, MatmulFamily) else ()
+        op = self.rivals.match.op
+        return matmul_facts(op, self.rivals.sizes) if isinstance(op, MatmulFamily) else ()
 
-    def range(self, symbol: sympy.Symbol, lo: int, hi: int | None, way: _Way | None) -> Range:
+    def range(self, symbol: sympy.Symbol, lo: int, hi: int | None, way: Way | None) -> Range:
         """The reason is given for one size of the range: its middle (geometric, as sizes are)."""
         verdict: Verdict = "fused" if way else "kept"
         middle = lo if hi is None else math.isqrt(max(lo, 1) * hi)
-        sizes = {s: middle if v == self.sizes[symbol] else v for s, v in self.sizes.items()}
+        sizes = {s: middle if v == self.rivals.sizes[symbol] else v for s, v in self.rivals.sizes.items()}
         name = way.candidate.name if way else INDUCTOR
         return Range(str(symbol), lo, hi, verdict, name, self._reason(way, sizes))
 
-    def _reason(self, way: _Way | None, sizes: Mapping[sympy.Symbol, int]) -> str:
-        before = Work.of(self.before.traffic, self.before.seconds, sizes)
+    def _reason(self, way: Way | None, sizes: Mapping[sympy.Symbol, int]) -> str:
+        before = Work.of(self.rivals.before.traffic, self.rivals.before.seconds, sizes)
         if way is not None:
-            return fused_reason(self.match.op, before, Work.of(way.traffic, way.seconds, sizes), way.measured)
-        usable = [w for w in self.ways if fixed_at(w.candidate.valid, sizes) in (True, sympy.true)]
+            return fused_reason(self.rivals.match.op, before, Work.of(way.traffic, way.seconds, sizes), way.measured)
+        usable = [w for w in self.rivals.ways if fixed_at(w.candidate.valid, sizes) in (True, sympy.true)]
         best = min(usable, key=lambda w: at(w.seconds, sizes), default=None)
-        unavailable = [u.reason for o in self.offers for _, u in o.unavailable]
-        invalid = [w.candidate for w in self.ways if w not in usable]
+        unavailable = [u.reason for o in self.rivals.offers for _, u in o.unavailable]
+        invalid = [w.candidate for w in self.rivals.ways if w not in usable]
         closest = None if best is None else (best.candidate.name, Work.of(best.traffic, best.seconds, sizes))
-        measured = (best is not None and best.measured, self.measured)
+        measured = (best is not None and best.measured, self.rivals.measured)
         severed = best is not None and at(best.severed, sizes) > 0
         return kept_reason(
-            self.match.op, self.machine, self.before, before, closest, unavailable, invalid, measured,
+            self.rivals.match.op, self.machine, self.rivals.before, before, closest, unavailable, invalid, measured,
             error=at(best.candidate.error, sizes) if best else MARGIN, severed=severed,
+            given_up=UNGUARDED if self.whole else FEW_RANGES,
         )  # fmt: skip
 
     def _options(self, before: Work) -> tuple[Option, ...]:
-        known = (("measured", True),) if self.measured else ()
+        known = (("measured", True),) if self.rivals.measured else ()
         listed = [Option(INDUCTOR, "left to Inductor", before, details=known)]
-        for way in self.ways:
+        for way in self.rivals.ways:
             c = way.candidate
-            work = Work.of(way.traffic, way.seconds, self.sizes)
+            work = Work.of(way.traffic, way.seconds, self.rivals.sizes)
             valid = "always" if c.valid in (True, sympy.true) else str(c.valid)
             listed.append(Option(c.name, c.kernel, work, valid, details=c.details))
-        for o in self.offers:
+        for o in self.rivals.offers:
             listed += [Option(name, reason=u.reason) for name, u in o.unavailable]
         return tuple(listed)

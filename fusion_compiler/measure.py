@@ -30,10 +30,12 @@ from .candidates import Candidate
 from .cost.amounts import at
 from .cost.baseline import Plan, inductor_plan
 from .fused import Declared, Site
-from .judge import CLOSE, Judgement, Offer, judge
+from .judge import Judgement, judge
 from .machine import Machine
+from .offers import Offer
 from .regions import cut, random_inputs, traced_size
 from .report import versions
+from .rivals import CLOSE, rivals
 from .torch_private import nested
 from .torch_private.cache_folder import cache_folder
 
@@ -87,7 +89,7 @@ class Tuner:
                 places.setdefault(_name(nodes), tuple(nodes))
             return plan
 
-        judge(match, offers, self._machine, price=ask)
+        rivals(match, offers, self._machine, ask)
         builds: dict[str, Build] = {name: functools.partial(_region, nodes) for name, nodes in places.items()}
         names: dict[int, str] = {}
         for number, (site, c) in enumerate(contenders):

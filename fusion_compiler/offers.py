@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from .candidates import Lowering, Unavailable
-from .fused import Declared, MatmulFamily, MatmulGroup, Site, StoredAttention
-from .judge import Offer, offer
+from .candidates import Candidate, Lowering, Unavailable
+from .fused import Declared, FusedOp, MatmulFamily, MatmulGroup, Site, StoredAttention
 from .legality import Legality, is_empty
 from .machine import Machine
 from .match import Match
 from .torch_private import symbols
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the lowerings have for one alternative of a match. `unavailable` says, by lowering, why there is nothing;
+    a legality refusal of the alternative belongs there too."""
+
+    op: FusedOp
+    site: Site
+    candidates: tuple[Candidate, ...] = ()
+    unavailable: tuple[tuple[str, Unavailable], ...] = ()
+
+
+def offer(op: FusedOp, site: Site, machine: Machine, lowerings: Iterable[Lowering]) -> Offer:
+    """Asks every lowering."""
+    candidates: list[Candidate] = []
+    unavailable: list[tuple[str, Unavailable]] = []
+    for lowering in lowerings:
+        found = lowering.candidates(op, machine)
+        if isinstance(found, Unavailable):
+            unavailable.append((lowering.name, found))
+        else:
+            candidates.extend(found)
+    return Offer(op, site, tuple(candidates), tuple(unavailable))
 
 
 def offers_of(match: Match, legality: Legality, target: Machine, offering: Sequence[Lowering]) -> list[Offer]:

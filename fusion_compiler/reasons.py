@@ -19,9 +19,11 @@ UNKNOWN = (
     "the size {} is known only when the graph runs (it depends on data, or is ragged), so no time can be predicted; "
     "torch._dynamo.mark_dynamic instead of mark_unbacked, or padding, gives it a value"
 )
+FEW_RANGES = "it is given up so that few ranges of sizes need a compilation of their own"
 UNGUARDED = (
-    "it pays for some sizes only, and this graph serves all, for it cannot be compiled again: it is a backward graph, "
-    "an exported program, or the last that torch._dynamo.config.recompile_limit allows; static sizes would fuse it"
+    "it pays for some sizes only, and this graph serves all: it is a backward graph, an exported program, or the last "
+    "that torch._dynamo.config.recompile_limit allows, or mark_dynamic asked for all sizes between a least and a "
+    "greatest; static sizes would fuse it, mark_dynamic with neither or with narrower ones may"
 )
 ON_CPU = "Triton kernels are generated for GPUs; on a CPU the graph stays with Inductor"
 MEASURE = 'options={"autotune": True}'
@@ -53,10 +55,11 @@ def kept_reason(
     *,
     error: float = MARGIN,
     severed: bool = False,
+    given_up: str = FEW_RANGES,
 ) -> str:
     """`closest` is the cheapest candidate that may be used here, with what it leaves to Inductor. `measured` tells
     whether its time and Inductor's are measured rather than predicted, `error` by how much its prediction may be off;
-    `severed`, whether it ends where Inductor's kernel goes on."""
+    `severed`, whether it ends where Inductor's kernel goes on; `given_up`, why it is kept where it would win."""
     cause = _cause(op, machine, plan, before) or (SEVERED if severed else "")
     if closest is None:
         if invalid:
@@ -71,7 +74,7 @@ def kept_reason(
     if all(measured):
         return figures
     if change < -100 * error:
-        figures += "; it is given up so that few ranges of sizes need a compilation of their own"
+        figures += f"; {given_up}"
     elif change < 0:
         figures += f"; a gain of {-change:.0f} % is within the error of prediction ({MEASURE} would measure it)"
     return f"{cause}: {figures}" if cause and change >= 0 else figures

@@ -44,11 +44,14 @@ def emit_sum(builder: splice.Builder, site: Site) -> torch.fx.Node:
     return builder.call(aten.tanh.default, builder.call(aten.add.Tensor, x, x))
 
 
-def fuse_everything(emit: Callable[..., Any]) -> Callable[..., list[backend.Judged]]:
-    def judge_all(gm: GraphModule, matches: list[Match], *_: Any) -> list[backend.Judged]:
+Verdicts = tuple[list[backend.Judged], tuple[str, ...]]
+
+
+def fuse_everything(emit: Callable[..., Any]) -> Callable[..., Verdicts]:
+    def judge_all(gm: GraphModule, matches: list[Match], *_: Any, **__: Any) -> Verdicts:
         candidate = Candidate("sum", "aten", Traffic(1, 1, 1, 1), 0.5, emit)
         decision = Decision("doubled_tanh", "fused", "it pays", "here", WORK, FASTER, kernel="aten")
-        return [backend.Judged(decision, m.site, candidate) for m in matches]
+        return [backend.Judged(decision, m.site, candidate) for m in matches], ()
 
     return judge_all
 
@@ -173,7 +176,7 @@ def test_a_failing_stage_leaves_the_graph_to_inductor(
 
 @pytest.mark.parametrize("stage", ["raise", "match", "judge", "select"])
 def test_every_stage_may_fail(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ValueError("out of order")
 
     name = {"raise": "SemanticView", "match": "find_all", "judge": "judge_all", "select": "choose"}[stage]
@@ -275,12 +278,12 @@ def test_verification_refuses_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_losing_fusion_names_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
-    def judge_all(gm: GraphModule, matches: list[Match], *_: Any) -> list[backend.Judged]:
+    def judge_all(gm: GraphModule, matches: list[Match], *_: Any, **__: Any) -> Verdicts:
         (match,) = matches
         candidate = Candidate("sum", "aten", Traffic(1, 1, 1, 1), 0.5, emit_sum)
         big = Decision("doubled_tanh", "fused", "it pays", "here", WORK, FASTER)
         small = Decision("other", "fused", "it pays too", "there", WORK, Work(1, 1, 1, 1, 0.9))
-        return [backend.Judged(small, match.site, candidate), backend.Judged(big, match.site, candidate)]
+        return [backend.Judged(small, match.site, candidate), backend.Judged(big, match.site, candidate)], ()
 
     monkeypatch.setattr(backend, "judge_all", judge_all)
     compiled(doubled_tanh)(torch.randn(4))

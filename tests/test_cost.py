@@ -311,24 +311,6 @@ def test_validity_bounds_a_range() -> None:
     assert [(s.lo, s.hi, s.winner) for s in spans] == [(1, 64, 1), (65, 1000, 0)]
 
 
-def test_few_ranges_are_kept_where_the_loss_is_least() -> None:
-    costs = [S, sympy.Max(S - 1, 50), 80 + S / 100]
-    spans = cheapest(costs, S, 1, 1000)
-    assert len(spans) == 3
-    merged = cheapest(costs, S, 1, 1000, at_most=2)
-    assert len(merged) == 2 and merged[-1].winner == 2
-    assert merged[0].lo == 1 and merged[-1].hi == 1000
-
-
-def test_a_second_best_way_may_serve_two_ranges() -> None:
-    """What is best for 33 to 64 only is given up for what is nearly as good there and best up to 444."""
-    costs, valid = [10, 12, 13 + S / 100, 17 + S / 1000], [sympy.Le(S, 32), sympy.Le(S, 64), True, True]
-    assert [s.winner for s in cheapest(costs, S, 1, 10**6, valid)] == [0, 1, 2, 3]
-    spans = cheapest(costs, S, 1, 10**6, valid, at_most=3)
-    assert [(s.lo, s.hi, s.winner) for s in spans] == [(1, 32, 0), (33, 444, 2), (445, 10**6, 3)]
-    assert [s.winner for s in cheapest(costs, S, 1, 10**6, valid, at_most=2)] == [0, 3]
-
-
 def test_no_valid_way_is_an_error() -> None:
     with pytest.raises(ValueError, match="no way is valid"):
         cheapest([S], S, 1, 10, valid=[sympy.Gt(S, 5)])

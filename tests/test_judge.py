@@ -18,9 +18,10 @@ from fusion_compiler.candidates import MARGIN, Amount, Candidate, Traffic, Unava
 from fusion_compiler.cost.amounts import amount
 from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm, Site
-from fusion_compiler.judge import Judgement, Offer, judge, offer
+from fusion_compiler.judge import Judgement, judge
 from fusion_compiler.machine import Machine, machine
 from fusion_compiler.match import Match
+from fusion_compiler.offers import Offer, offer
 from fusion_compiler.report import Decision, Work
 
 H200 = machine("h200")

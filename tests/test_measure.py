@@ -18,9 +18,10 @@ from fusion_compiler import measure
 from fusion_compiler.backend import fusion_compiler
 from fusion_compiler.candidates import Candidate
 from fusion_compiler.cost.amounts import amount
-from fusion_compiler.judge import Judgement, Offer
+from fusion_compiler.judge import Judgement
 from fusion_compiler.machine import machine
 from fusion_compiler.match import Match
+from fusion_compiler.offers import Offer
 from fusion_compiler.regions import cut, random_inputs
 from fusion_compiler.report import Report
 

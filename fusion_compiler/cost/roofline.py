@@ -11,6 +11,7 @@ M flops per byte (at 2 bytes an element) and not of K.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import sympy
@@ -106,6 +107,7 @@ def matmul_facts(op: MatmulFamily, sizes: Mapping[sympy.Symbol, int]) -> tuple[t
     return tuple(facts)
 
 
+@functools.lru_cache(maxsize=1024)  # the layers of a model ask for the same
 def library_matmul_seconds(
     m: Amount, n: Amount, k: Amount, dtype: torch.dtype, machine: Machine, *, batch: Amount = 1, l2_bytes: Amount = 0,
     traffic: Traffic | None = None,

@@ -16,13 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import GraphModule
 
 
-def mode_of(gm: GraphModule) -> FakeTensorMode:
-    """The fake mode under which `gm` was traced, found in its nodes' values."""
+def find_mode(gm: GraphModule) -> FakeTensorMode | None:
+    """The fake mode under which `gm` was traced, found in its nodes' values; None where they are not fake."""
     values: list[Any] = []
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         values.extend(value if isinstance(value, (tuple, list)) else (value,))
-    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    return detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+
+
+def mode_of(gm: GraphModule) -> FakeTensorMode:
+    """The fake mode under which `gm` was traced, of which there must be one."""
+    mode = find_mode(gm)
     if mode is None:
         raise ValueError("the graph holds no fake tensors: trace it with fake inputs before splicing into it")
     return mode

@@ -6,6 +6,7 @@ Tried on torch 2.11.0 and 2.13.0.
 from __future__ import annotations
 
 import sympy
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -22,3 +23,24 @@ def require(mode: FakeTensorMode, condition: sympy.Basic) -> None:
         raise ValueError(f"the graph has symbolic sizes ({condition}) and yet no symbols were traced")
     if not shape_env.evaluate_expr(condition):
         raise ValueError(f"the graph was traced with a size outside of {condition}")
+
+
+def promised(mode: FakeTensorMode) -> set[sympy.Symbol]:
+    """The symbols for which the user named the least and the greatest size (`mark_dynamic` with `min` or `max`,
+    `torch.export.Dim`): a graph that does not serve all of these is an error."""
+    from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
+
+    found: set[sympy.Symbol] = set()
+    for tracked in getattr(mode.shape_env, "tracked_fakes", None) or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None)
+        if not isinstance(tracked.fake, torch.Tensor) or constraints is None:
+            continue
+        for size, constraint in zip(tracked.fake.shape, constraints, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(constraint, StrictMinMaxConstraint):
+                found |= size.node.expr.free_symbols
+    return found
+
+
+def symbols(mode: FakeTensorMode) -> set[sympy.Symbol]:
+    """All symbols of the graph traced under `mode`."""
+    return set(mode.shape_env.var_to_range) if mode.shape_env is not None else set()
