@@ -211,6 +211,24 @@ def divided_by_a_temperature(q, k, v, t):
     return torch.softmax(q @ k.mT / t.exp(), -1) @ v
 
 
+@written(heads(H, floats(H, 1, 1)), kind="causal", scale_operand=True)
+def scale_by_head(q, k, v, scale):
+    s = q @ k.mT * scale.clamp(max=math.log(100.0)).exp()
+    return s.masked_fill(~below(q.shape[2]), -math.inf).softmax(-1) @ v
+
+
+@written(heads(2, floats(B, 1, L, 1)), kv_heads=2, scale_operand=True, scale_divides=True)
+def divided_by_a_number_of_the_row(q, k, v, t):
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    return (q @ k.mT / (1 + t.abs())).softmax(-1) @ v
+
+
+@written(rows_first(), scale_operand=True)
+def scale_by_position(q, k, v):
+    t = torch.log(torch.arange(1, q.shape[1] + 1)).to(q.dtype) + 1
+    return torch.einsum("bhqk,bkhd->bqhd", (torch.einsum("bqhd,bkhd->bhqk", q, k) * t[:, None]).softmax(-1), v)
+
+
 @written(heads(), kind="causal", scale=1.0)
 def normalised_queries_and_keys(q, k, v):
     q, k = (F.rms_norm(t, (t.shape[-1],)) for t in (q, k))
@@ -414,8 +432,8 @@ def heads_masked_out(q, k, v, kept):
     return (scaled(q, k).softmax(-1) * kept) @ v
 
 
-@written(heads(H, floats(H, 1, 1)), "queries can be scaled by it")
-def scale_by_head(q, k, v, scale):
+@written(heads(H, floats(L)), "keys can be scaled before the product")
+def scale_by_key(q, k, v, scale):
     return torch.softmax(q @ k.mT * scale, -1) @ v
 
 

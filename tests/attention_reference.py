@@ -28,7 +28,8 @@ def attend(op: Attention, site: Site, values: dict[Node, Any]) -> Tensor:
     del held[: len(op.modification.reads) if op.modification is not None else 0]  # says the same as the tensor
     s = op.scale * (q @ k.mT)
     if op.scale_operand:
-        factor = held.pop(0).double().reshape(())
+        factor = held.pop(0).double()
+        factor = factor.reshape(()) if op.scale_layout is None else arranged(factor, op.scale_layout)
         s = s / factor if op.scale_divides else s * factor
     assert not held, "the site has more operands than the op documents"
     if op.softcap is not None:

@@ -320,11 +320,11 @@ def test_scores_returned() -> None:
     assert "also read by" in refused(fn, *heads(2, 4, 4, 9, 9, 8))
 
 
-def test_scale_per_head() -> None:
+def test_scale_per_key() -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
         return (q @ k.mT * scale).softmax(-1) @ v
 
-    assert "scaled by" in refused(fn, *heads(2, 4, 4, 9, 9, 8), torch.rand(1, 4, 1, 1))
+    assert "scaled by" in refused(fn, *heads(2, 4, 4, 9, 9, 8), torch.rand(9))
 
 
 def test_dropout_of_probabilities() -> None:

@@ -107,7 +107,7 @@ def test_layers_say_what_they_are(name: str) -> None:
     assert not matches and WILD[name].sentence in near_misses[0].reason
 
 
-@pytest.mark.parametrize("name", ["dropout_active", "scale_by_head", "softmax_over_queries", "probabilities_returned"])
+@pytest.mark.parametrize("name", ["dropout_active", "scale_by_key", "softmax_over_queries", "probabilities_returned"])
 def test_near_misses_name_the_line(name: str) -> None:
     _, near_misses = find_attention(captured(name, torch.float32, dynamic=False))
     found = next(n for n in near_misses if WILD[name].sentence in n.reason)

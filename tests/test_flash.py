@@ -235,6 +235,15 @@ def test_operands_and_result_where_they_lie() -> None:
     check(fn, torch.randn(2, 40, 192))
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 1, 70, 1)])
+def test_rows_with_scales_of_their_own(shape: tuple[int, ...]) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        return (q @ k.mT * scale).to(q.dtype).softmax(-1) @ v
+
+    op = check(fn, *heads(2, 4, 4, 70, 70, 16, dtype=torch.float16), torch.rand(shape))
+    assert op.scale_layout is not None
+
+
 def test_a_result_whose_heads_lie_apart() -> None:
     """One head of keys for the batch, whose entries then are heads: those of the result are no one axis in memory."""
 

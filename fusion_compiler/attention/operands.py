@@ -31,7 +31,12 @@ def scaled_queries(op: Attention, builder: Builder, site: Site, q: Node) -> Node
     """The queries with what scales the scores, where that is a tensor."""
     if not op.scale_operand:
         return q
-    return builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, named(op, site)["scale"])
+    scale = named(op, site)["scale"]
+    if op.scale_layout is not None:
+        scale = arranged(builder, scale, op.scale_layout)
+    scaled = builder.call(aten.div.Tensor if op.scale_divides else aten.mul.Tensor, q, scale)
+    same = scaled.meta["val"].dtype == op.dtype
+    return scaled if same else builder.call(torch.ops.prims.convert_element_type.default, scaled, op.dtype)
 
 
 def rows_in_one_piece(builder: Builder, node: Node) -> Node:

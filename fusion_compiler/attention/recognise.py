@@ -223,7 +223,8 @@ class _Finder:
             batch=shape[0], heads=shape[1], kv_heads=k_layout.shape[1], q_len=shape[2], kv_len=k_layout.shape[2],
             head_dim=shape[3], v_dim=v_layout.shape[3], scale=parts.scale * q_scale * k_scale, mask=proof.mask,
             dtype=dtype, layouts=tuple(layouts), out=out, softcap=parts.softcap,
-            scale_operand=bool(parts.factors), scale_divides=any(f.divides for f in parts.factors),
+            scale_operand=bool(parts.factors), scale_layout=self._scale(parts, geometry),
+            scale_divides=any(f.divides for f in parts.factors),
             modification=modified, vendor=parts.vendor,
         )  # fmt: skip
         if parts.vendor and proof.mask.kind == "tensor" and k is parts.k.node and not says_more(op):
@@ -245,6 +246,11 @@ class _Finder:
             raise NotAttention(held, f"{held.name} is also read by {reader.name}, so the scores are written out anyway")
         escaping = staying(interior, outputs)
         return Match(PATTERN, op, Site(tuple(operands), outputs[0], interior, escaping, tuple(outputs[1:])))
+
+    def _scale(self, parts: Parts, geometry: Geometry) -> Layout | None:
+        """The layout of what scales the rows of scores, where that is more than one number."""
+        found = [(f, geometry.row_scale(f)) for f in parts.factors]
+        return next((self._layout(a, f.node.meta["val"].dtype) for f, a in found if a is not None), None)
 
     def _with_logarithm(self, op: Attention, site: MaskSite, geometry: Geometry, output: Node) -> Attention:
         """`op` with the logarithm of the sums as a second result."""

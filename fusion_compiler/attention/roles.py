@@ -64,7 +64,7 @@ class Parts:
     softcap: float | None
     masks: tuple[MaskSite, ...]
     known_mask: Mask | None = None
-    factors: tuple[Scale, ...] = ()  # further scales, as tensors of one element
+    factors: tuple[Scale, ...] = ()  # further scales, as tensors
     total: bool = False  # rows that see no key give 0
     chain: tuple[Node, ...] = ()  # nodes that hold scores or probabilities
     vendor: str = ""
@@ -251,6 +251,21 @@ class Geometry:
         if any(t and len(t) != len(rows) for t, rows in zip(targets, wanted, strict=True)):
             return None
         return arrangements.arranged(view.source, targets)
+
+    def row_scale(self, factor: Scale) -> arrangements.Arrangement | None:
+        """How what scales the scores becomes a number for each row [batch, heads, queries, 1]; None for one number."""
+        shape = axes.shape_of(factor.node)
+        if axes.same(axes.product(shape), axes.ONE):
+            return None
+        dims = self.by_row(factor.over) if factor.over is not None else None
+        found = self.mask(View.of(factor.node), dims) if dims is not None else None
+        if found is None or not axes.same(found.shape[3], axes.ONE):
+            raise NotAttention(
+                factor.node,
+                f"scores are scaled by {factor.node.name}, a tensor of {'×'.join(map(str, shape))}; one that is the "
+                "same for all keys is put on the queries, and keys can be scaled before the product",
+            )
+        return found
 
     # ---- symbols ----------------------------------------------------------------------------
     def _symbol(self, i: int) -> sympy.Symbol:

@@ -43,7 +43,7 @@ class Scores:
     scale: float = 1.0
     softcap: float | None = None
     masks: tuple[MaskSite, ...] = ()
-    factors: tuple[Scale, ...] = ()  # further scales, as tensors of one element
+    factors: tuple[Scale, ...] = ()  # further scales, as tensors
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,14 @@ def _is_pointwise(node: Node) -> bool:
 
 
 def scaled_by(inner: Scores, factor: Scale, node: Node) -> Scores | Obstacle:
-    """The scores times a tensor of one element, at `node`."""
-    if not axes.same(axes.product(axes.shape_of(factor.node)), axes.ONE):
-        shape = "×".join(map(str, axes.shape_of(factor.node)))
-        return Obstacle(
-            node,
-            f"scores are scaled by {factor.node.name}, a tensor of {shape}; where it is the same for all keys, the "
-            "queries can be scaled by it before the product",
-        )
+    """The scores times a tensor, at `node`."""
     if inner.masks or inner.softcap is not None:
         return Obstacle(
             node,
             f"masked or capped scores are scaled by {factor.node.name}, whose sign is unknown; a scale belongs before "
             "the mask and the cap",
         )
-    return replace(inner, factors=(*inner.factors, factor))
+    return replace(inner, factors=(*inner.factors, replace(factor, over=inner.view)))
 
 
 def _scaled(node: Node, x: Node, factor: float) -> Scores | Obstacle:

@@ -43,6 +43,7 @@ class Scale:
 
     node: Node
     divides: bool = False
+    over: axes.View | None = None  # what the scores are of their product where it meets them
 
 
 def uncast(node: Node) -> Node:

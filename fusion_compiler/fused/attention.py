@@ -105,7 +105,8 @@ class Attention:
     layouts: tuple[Layout, ...]
     out: Layout
     softcap: float | None = None
-    scale_operand: bool = False  # q·k is also multiplied with the site's last operand, a tensor of one element
+    scale_operand: bool = False  # q·k is also multiplied with the site's last operand
+    scale_layout: Layout | None = None  # brings that into [B or 1, H or 1, Lq or 1, 1]; None: it has one element
     scale_divides: bool = False  # it is divided by it instead
     modification: Modification | None = None  # says the same as a mask of kind "tensor", and of what it is made
     vendor: str = ""  # the attention kernel that the graph already calls, if it does

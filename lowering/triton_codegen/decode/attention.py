@@ -89,6 +89,8 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
         return (
             f"{query_rows(op)} query rows per key/value head are no decode step; the generated kernel takes {MOST_ROWS}"
         )
+    if op.scale_layout is not None:
+        return "the scores of each row have a scale of their own, and the generated decode kernel takes one for all"
     if op.logarithm is not None:
         return "the logarithm of the sums is read too, which the generated decode kernel does not give"
     if max(op.head_dim, op.v_dim) > WIDEST:
