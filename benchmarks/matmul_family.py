@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import fusion_compiler
-from fusion_compiler.cost.efficiency import dtype_name
+from fusion_compiler.cost.efficiency import dtype_name, efficiency
 from fusion_compiler.cost.roofline import matmul_traffic
 from fusion_compiler.fused import MatmulFamily, RowNorm
 from fusion_compiler.lowering.triton_codegen import matmul
@@ -42,6 +42,7 @@ from .matmul_kernels import SWIGLU, Variant, compiled, launcher
 SHAPES = {"1B": (2048, 8192), "8B": (4096, 14336), "70B/8": (8192, 3584)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 REGRET = 1.05
+PLAUSIBLE = 1.3  # of the fastest predicted
 ROUNDS = 15
 
 
@@ -142,12 +143,17 @@ def prepare(args: argparse.Namespace, point: Point) -> Callable[[], dict[str, An
 
 
 def contenders(point: Point, most: int) -> list[tuple[bool, Plan]]:
-    """The plans predicted fastest, with the norm folded in and without."""
-    return [
-        (norm, plan)
-        for norm in (True, False)
-        for plan in matmul.plausible_plans(point.op(norm), machine(), point.m, within=1.3)[:most]
-    ]
+    """The plans predicted fastest, with the norm folded in and without, where that is not clearly slower."""
+    here = machine()
+    loop, moved = efficiency(here).reduction, 2 * point.m * SHAPES[point.shape][0] * point.dtype.itemsize
+    before = moved / (here.memory_bandwidth * loop.memory) + loop.latency + here.launch_overhead
+    timed = []
+    for norm in (True, False):
+        op = point.op(norm)
+        plans = matmul.plausible_plans(op, here, point.m, within=PLAUSIBLE)[:most]
+        timed += [(Variant(op, plan).predicted() * 1e-6 + (0.0 if norm else before), norm, plan) for plan in plans]
+    least = min((seconds for seconds, _, _ in timed), default=0.0)
+    return [(norm, plan) for seconds, norm, plan in timed if seconds <= PLAUSIBLE * least]
 
 
 def prepared(

@@ -30,6 +30,7 @@ COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "tr
 
 JOBS = "processes that prepare rows (default %(default)s)"
 SECONDS = "give up rows that are not prepared by then"
+LAST = 6.0  # seconds that preparing a row may take
 MERGE = "read figures measured before, in as many files as there were parts, instead of measuring"
 
 
@@ -47,8 +48,9 @@ Prepare = Callable[[Any], Callable[[], dict[str, Any]]]
 def measured(
     items: Sequence[Any], prepare: Prepare, jobs: int, seconds: float = math.inf, preload: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """The figures of all items, of which `jobs` processes prepare a part each; a part that takes longer than `seconds`
-    to prepare is given up. `preload` names modules that are imported once for all."""
+    """The figures of all items, of which `jobs` processes prepare a part each. In the last LAST of `seconds` none is
+    begun, and a process that is not ready by then is given up. `preload` names modules that are imported once for all.
+    """
     # several processes compile already; a pool in each of them would only get in the way
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     for name in (*preload, *COMPILERS):
@@ -58,7 +60,8 @@ def measured(
     jobs, began, running = min(jobs, len(items)), time.time(), []
     for first in range(jobs):
         ours, theirs = processes.Pipe()
-        process = processes.Process(target=_work, args=(items[first::jobs], prepare, theirs), daemon=True)
+        given = items[first::jobs], prepare, theirs, began + seconds - LAST
+        process = processes.Process(target=_work, args=given, daemon=True)
         process.name = ", ".join(item.name for item in items[first::jobs])
         process.start()
         running.append((ours, process))
@@ -87,13 +90,17 @@ def _forkable() -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def _work(items: Sequence[Any], prepare: Prepare, pipe: Connection) -> None:
-    """Prepares its items, waits for its turn, measures one after the other and sends the figures (or what failed)."""
+def _work(items: Sequence[Any], prepare: Prepare, pipe: Connection, until: float) -> None:
+    """Prepares items as long as there is time to begin one, waits for its turn, measures one after the other and sends
+    the figures (or what failed)."""
     turns: dict[Any, Callable[[], dict[str, Any]]] = {}
     # every item adds a specialisation of the same function, none of which may fall back to eager
     torch._dynamo.config.recompile_limit = 8 * len(items)
     with torch.no_grad():
         for item in items:
+            if time.time() > until:
+                pipe.send(f"{item.name}: no time to prepare it")
+                continue
             try:
                 turns[item] = prepare(item)
             except Exception:
