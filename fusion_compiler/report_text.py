@@ -147,8 +147,8 @@ def _grouped_misses(misses: Iterable[NearMiss]) -> list[tuple[tuple[NearMiss, _P
 
 
 def _layerless(text: str) -> str:
-    """`text` without the numbers that count layers or nodes: `.3.` in a module path, the suffix of `mm_14`."""
-    return re.sub(r"(?<=[a-z])_\d+\b", "", re.sub(r"\.\d+(?=\.)", ".*", text))
+    """`text` without the numbers that count layers or nodes: `.3` in a module path, the suffix of `mm_14`."""
+    return re.sub(r"(?<=[a-z])_\d+\b", "", re.sub(r"\.\d+(?=\.)|(?<=[a-z])\.\d+(?=\s|$)", ".*", text))
 
 
 def _place(places: _Places) -> str:

@@ -137,6 +137,8 @@ def test_equal_decisions_of_many_layers_are_told_once() -> None:
     text = str(report(*(decision(i) for i in range(16))))
     assert text.count("gated_mlp") == 1 and "gated_mlp ×16" in text and "model.layers.*.mlp" in text
     assert "Of 16 matches 16 are fused: predicted 384 µs → 288 µs" in text
+    layers = (decision(i, where=f"model.layers.{i} (llama.py:323)") for i in range(2))
+    assert "gated_mlp ×2" in (text := str(report(*layers))) and "model.layers.* (llama.py:323)" in text
     different = str(report(decision(0), decision(1, reason="another reason")))
     assert "model.layers.0.mlp" in different and "model.layers.1.mlp" in different
 
