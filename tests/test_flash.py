@@ -215,6 +215,14 @@ def test_padding_by_length() -> None:
     assert op.mask.padding == 0
 
 
+def test_the_last_queries_of_sequences_of_many_lengths() -> None:
+    def visible(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+        return k < lengths[:, None, None, None] - 39 + q
+
+    op = check(attention(visible), *heads(3, 2, 2, 40, 70, 16), torch.tensor([70, 41, 40]))
+    assert op.mask.padding == 0 and op.mask.staggered
+
+
 def test_a_position_on_the_device() -> None:
     def visible(q: Tensor, k: Tensor, position: Tensor) -> Tensor:
         return k <= q + position

@@ -52,7 +52,9 @@ def proved(gm: GraphModule) -> Proof:
     )
 
 
-def visible(mask: Mask, b: int, q: int, k: int, position: int, lengths: list[int], sizes: dict[Any, int]) -> bool:
+def visible(
+    mask: Mask, b: int, q: int, k: int, last: int, position: int, lengths: list[int], sizes: dict[Any, int]
+) -> bool:
     """The documented meaning of a `Mask`; `lengths` holds one for each element of the batch, or one."""
     if mask.kind == "none":
         return True
@@ -61,7 +63,8 @@ def visible(mask: Mask, b: int, q: int, k: int, position: int, lengths: list[int
     seen = k <= newest
     seen &= mask.window is None or k > newest - mask.window
     seen &= mask.chunk is None or k // mask.chunk == newest // mask.chunk
-    return seen and (mask.padding is None or k < lengths[b % len(lengths)] + mask.padding)
+    behind = last - q if mask.staggered else 0
+    return seen and (mask.padding is None or k < lengths[b % len(lengths)] + mask.padding - behind)
 
 
 @functools.cache
@@ -81,7 +84,7 @@ def check(predicate: Predicate, dynamic: bool, sizes: tuple[tuple[int, int, int]
             expected, values = fn(*arguments), Recorder(gm).values(*arguments)
             read = [values[n].reshape(-1).tolist() if n else [0] for n in (found.position, found.lengths)]
             for place in itertools.product(range(b), range(q), range(k)) if mask.kind != "tensor" else ():
-                said = visible(mask, *place, read[0][0], read[1], symbols)
+                said = visible(mask, *place, q - 1, read[0][0], read[1], symbols)
                 assert said == bool(expected[place]), (mask, place)
             if mask.empty_rows == "none" and position + q <= k:  # positions point into the cache
                 assert bool(expected.any(-1).all()), mask
@@ -121,6 +124,18 @@ PROVED: dict[str, tuple[Predicate, dict[str, Any]]] = {
     "padding, inclusive": (lambda i, j, p, n: j <= n[:, None, None], {"padding": 1, "empty_rows": "none"}),
     "padding and causal": (
         lambda i, j, p, n: (j <= i) & (j < n[:, None, None]), {"kind": "causal", "padding": 0, "empty_rows": "nan"},
+    ),
+    "the last of each": (
+        lambda i, j, p, n: j <= n[:, None, None] - i.shape[0] + i,
+        {"kind": "length", "padding": 0, "staggered": True, "empty_rows": "nan"},
+    ),
+    "the last of each, and padding": (
+        lambda i, j, p, n: (j < n[:, None, None]) & (j <= n[:, None, None] - i.shape[0] + i),
+        {"kind": "length", "padding": 0, "staggered": True},
+    ),
+    "the last of each and causal": (
+        lambda i, j, p, n: (j <= i + 3) & (j < n[:, None, None] - i.shape[0] + i),
+        {"kind": "causal", "offset": 3, "padding": -1, "staggered": True},
     ),
     "padding of a window": (
         lambda i, j, p, n: (j <= i) & (j > i - 4) & (j < n[:, None, None]), {"window": 4, "padding": 0},

@@ -15,7 +15,7 @@ from test_decode_attention import TARGETS, compiled, found
 import fusion_compiler as fc
 from fusion_compiler import layout, splice
 from fusion_compiler.backend import fusion_compiler
-from fusion_compiler.fused import Pages, StoredAttention
+from fusion_compiler.fused import Codes, Pages, StoredAttention
 from fusion_compiler.lowering.triton_codegen.decode import attention as decode
 from fusion_compiler.lowering.triton_codegen.decode.operands import Plan
 
@@ -79,6 +79,39 @@ def test_spellings(spelling: Paged, size: int) -> None:
     close(out[:, :, 0], eager[:, :, 0], exact(q[:, :, 0], keys, values, table, held, heads_first))
 
 
+def last_queries(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """The last tokens of each sequence, of which each sees what is before it; one that is not there sees nothing."""
+    k, v = (t[table].flatten(1, 2).transpose(1, 2).repeat_interleave(H // HK, 1) for t in (keys, values))
+    newest = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2])
+    n = torch.arange(k.shape[2])
+    visible = (n <= newest[:, None, :, None]) & (n < lengths[:, None, None, None])
+    scores = (q @ k.mT * D**-0.5).masked_fill(~visible, -math.inf)
+    weights = torch.softmax(scores, -1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    return weights @ v
+
+
+@pytest.mark.parametrize(("queries", "splits"), [(5, 3), (2, 1)])
+def test_several_queries(queries: int, splits: int) -> None:
+    """Prompts and single tokens in one batch: the limit follows the query and differs from sequence to sequence."""
+    keys, values, table, lengths = caches(16, False, torch.float32, [77, 3, 33, 96])
+    q = torch.randn(B, H, queries, D)
+    graph_module, match = found(last_queries, (q, keys, values, table, lengths))
+    [(op, site)] = match.alternatives
+    assert isinstance(op, StoredAttention) and op.pages == Pages(16)
+    assert op.attention.mask.staggered and op.attention.mask.padding == 0, op.attention.mask
+    builder = splice.Builder(graph_module, site.place)
+    new = decode.emit(op, Plan(16, 32, splits, 4, 2), builder, site)
+    splice.replace(site, layout.fit(builder, site, new))
+    splice.clean(graph_module)
+    clean = [torch.nan_to_num(t) for t in (keys, values)]
+    eager = last_queries(q, *clean, table, lengths)
+    assert (eager[1, :, : max(0, queries - 3)] == 0).all()
+    out, kept = graph_module(q, keys, values, table, lengths), torch.arange(queries)
+    for i in kept:
+        before = (lengths - queries + 1 + i).clamp(min=0)
+        close(out[:, :, i], eager[:, :, i], exact(q[:, :, i], keys, values, table, before, heads_first=False))
+
+
 def ask(**given: Any) -> Callable[..., Tensor]:
     return lambda q, keys, values, table, lengths: fc.paged_attention(q, keys, values, table, lengths, **given)
 
@@ -119,6 +152,48 @@ def test_codes_in_pages(stored: torch.dtype, per_head: bool) -> None:
     [decision] = [d for d in report.fused if d.pattern == "attention"]
     assert str(stored) in dict(decision.details)["codes"] and dict(decision.details)["pages"] == 16
     close(out, run(*inputs), wanted)
+
+
+def by_token(width: bool) -> Callable[..., Tensor]:
+    """Codes with a scale for each token and head, and for values a zero, in caches of their own."""
+
+    def run(
+        q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, ks: Tensor, vs: Tensor, vz: Tensor
+    ) -> Tensor:
+        k, v, ks, vs, vz = (t[table].flatten(1, 2).transpose(1, 2) for t in (keys, values, ks, vs, vz))
+        ks, vs, vz = (t if width else t[..., None] for t in (ks, vs, vz))
+        k, v = k.to(q.dtype) * ks.to(q.dtype), (v.to(q.dtype) - vz.to(q.dtype)) * vs.to(q.dtype)
+        k, v = (t.repeat_interleave(H // HK, 1) for t in (k, v))
+        scores = (q @ k.mT * D**-0.5).masked_fill(torch.arange(k.shape[2]) >= lengths[:, None, None, None], -math.inf)
+        return torch.softmax(scores, -1) @ v
+
+    return run
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("width", [False, True])
+def test_scales_of_tokens_in_pages(width: bool, block: int) -> None:
+    keys, values, table, lengths = caches(16, False, torch.float32, [77, 1, 33, 96])
+    table[2, 0] -= BLOCKS
+    keys, values = ((t.nan_to_num() * 30).round() for t in (keys, values))
+    scales = [torch.rand(BLOCKS, 16, HK) / 40 + 0.01 for _ in "kv"]
+    zeros = (torch.rand(BLOCKS, 16, HK) * 10).round()
+    shown = (lambda t: t[..., None]) if width else (lambda t: t)
+    inputs = (
+        torch.randn(B, H, 1, D), keys.to(torch.int8), values.to(torch.int8), table, lengths, *map(shown, scales),
+        shown(zeros),
+    )  # fmt: skip
+    graph_module, match = found(by_token(width), inputs)
+    [(op, site)] = match.alternatives
+    assert isinstance(op, StoredAttention) and op.pages == Pages(16)
+    assert op.k == Codes(torch.int8, in_pages=True) and op.v == Codes(torch.int8, has_zero=True, in_pages=True)
+    builder = splice.Builder(graph_module, site.place)
+    splice.replace(site, layout.fit(builder, site, decode.emit(op, Plan(8, 4 * block, 2, 4, 3, True), builder, site)))
+    splice.clean(graph_module)
+    assert not [n for n in graph_module.graph.nodes if n.target is torch.ops.aten.index.Tensor], "nothing is gathered"
+    k, v = keys * scales[0][..., None], (values - zeros[..., None]) * scales[1][..., None]
+    wanted = exact(inputs[0][:, :, 0], k.double(), v.double(), table, lengths, heads_first=False)
+    close(graph_module(*inputs)[:, :, 0], by_token(width)(*inputs)[:, :, 0], wanted)
 
 
 def test_one_graph_for_any_number_of_blocks() -> None:

@@ -139,6 +139,24 @@ def test_numbers(case: str, splits: int) -> None:
     assert_as_good_as_eager(graph_module(*inputs), function, inputs)
 
 
+@pytest.mark.parametrize(("batch", "heads"), [(1, HK), (B, 1), (1, 1)])
+@pytest.mark.parametrize("case", ["int8 per token", "int4 with zeros", "fp8 per head"])
+def test_axes_of_one_element(case: str, batch: int, heads: int) -> None:
+    """A single sequence, or a single key head, which views leave out."""
+    function, *inputs = CASES[case][0], *inputs_of(case, torch.float16)
+    inputs = [t[:batch, : heads if i else H] if t.dim() == 4 else t for i, t in enumerate(inputs)]
+    inputs = [t[:heads].contiguous() if t.dim() == 3 else t.contiguous() for t in inputs]
+    graph_module, match = found(function, tuple(inputs))
+    [(op, site)] = match.alternatives
+    assert isinstance(op, StoredAttention) and op.k is not None
+    plan = predict.best_plan(op, H200)
+    assert plan is not None
+    builder = splice.Builder(graph_module, site.place)
+    splice.replace(site, layout.fit(builder, site, decode.emit(op, replace(plan, block=32, splits=3), builder, site)))
+    splice.clean(graph_module)
+    assert_as_good_as_eager(graph_module(*inputs), function, tuple(inputs))
+
+
 def test_codes_are_told() -> None:
     _, _, op, _ = quantised("int4 with zeros", torch.float16)
     assert op.k == op.v == Codes(torch.uint8, "pairs", 0.0, True)
@@ -177,6 +195,9 @@ def test_verdict_and_bytes() -> None:
         assert not isinstance(offered, Unavailable)
         read.append(next(c for c in offered if c.name == "triton_decode").traffic.bytes_read)
     assert read[1] < 0.6 * read[0]
+    many = replace(op, attention=replace(op.attention, q_len=512))
+    why = decode.candidates(many, H200)
+    assert isinstance(why, Unavailable) and "dequantised or gathered once" in why.reason
     refused = decode.candidates(quantised("fp8 per head", torch.float16)[2], replace(H200, arch="sm_80"))
     assert isinstance(refused, Unavailable) and "no instructions that widen" in refused.reason
 

@@ -87,8 +87,8 @@ def read(part: Boolean, extents: Extents, indexer: Indexer) -> Limit:
     indices = rest.free_symbols & set(extents.extent)
     if not indices and (by_query, by_key) in ((1, -1), (0, -1)):
         return Limit(upper=rest, follows_query=by_query == 1)
-    if indices == {extents.batch} and (by_query, by_key) == (0, -1):
-        return Limit(upper=rest, by_batch=True)
+    if indices == {extents.batch} and (by_query, by_key) in ((1, -1), (0, -1)):
+        return Limit(upper=rest, by_batch=True, follows_query=by_query == 1)
     if not indices and (by_query, by_key) == (-1, 1):
         return Limit(lower=rest)
     if (by_query, by_key) == (0, 1) and (chunk := _from_start_of_chunk(rest, extents)) is not None:

@@ -5,7 +5,7 @@ The relations that a mask's index function is made of are brought into the form 
     nothing to mask      the left side is never negative over the extents of the tensors
     causal               q − k + offset >= 0, the offset a number, a size, or an integer scalar on the device
     length               position − k >= 0, the same for every query
-    padding by length    lengths[b] − k + c >= 0, one length for each element of the batch
+    padding by length    lengths[b] − k + c >= 0, one length for each element of the batch, or with q − last query + …
     sliding window       k − q + r >= 0
     chunked              k ⫽ c = (q + offset) ⫽ c, or k >= ((q + offset) ⫽ c) · c, beside a causal limit
 
@@ -145,7 +145,7 @@ def limited(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | s
     """The mask that the limits make together, or why it is none."""
     several = "it has several limits of one kind"
     uppers = _closest([p for p in parts if p.upper is not None and not p.by_batch], extents)
-    ends = [p for p in parts if p.by_batch]
+    ends = _closest([p for p in parts if p.by_batch], extents)
     lowers, chunks = ([p for p in parts if getattr(p, name) is not None] for name in ("lower", "chunk"))
     follow = [p for p in uppers if p.follows_query and extents.query != 0]
     fixed = [p for p in uppers if p not in follow]
@@ -165,6 +165,7 @@ def limited(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | s
     if (lowers or chunks) and not follow and not (fixed and extents.query == 0):
         return "a window or chunk without a causal limit that follows the query"
     window, chunk, padding, lengths = None, None, None, None
+    staggered = bool(ends) and ends[0].follows_query
     if lowers:
         span = sympy.expand(sympy.Add(limit.upper, lowers[0].lower, 1))
         if not span.is_Integer:
@@ -175,7 +176,8 @@ def limited(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | s
             return "its chunks are counted from another position than its causal limit"
         chunk = chunks[0].chunk
     if ends:
-        end = _lengths(cast(sympy.Expr, ends[0].upper), extents, indexer)
+        last = _last(extents) if staggered else ZERO
+        end = _lengths(sympy.expand(cast(sympy.Expr, ends[0].upper) + last), extents, indexer)
         if isinstance(end, str):
             return end
         lengths, padding = end
@@ -184,15 +186,21 @@ def limited(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | s
     limits += [f"key > {sympy.expand(newest - window)}"] if window is not None else []
     limits += [f"in the same chunk of {chunk}"] if chunk is not None else []
     if lengths is not None:
-        limits.append(f"key < {lengths.name}" + (f" + {padding}" if padding else ""))
+        behind = f" - {_last(extents)} + query" if staggered else ""
+        limits.append(f"key < {lengths.name}" + (f" + {padding}" if padding else "") + behind)
     return Proof(
         Mask(
             "causal" if follow or lowers or chunks else "length",
             offset=int(offset) if offset.is_Integer else offset, window=window,
-            position=node is not None, chunk=chunk, padding=padding,
+            position=node is not None, chunk=chunk, padding=padding, staggered=staggered,
             proof=f"{', '.join(limits)}, read from the index function of the mask",
         ), node, lengths,
     )  # fmt: skip
+
+
+def _last(extents: Extents) -> sympy.Expr:
+    """The index of the last query."""
+    return extents.extent[extents.query] - 1 if extents.query in extents.extent else ZERO
 
 
 def _closest(uppers: Sequence[Limit], extents: Extents) -> list[Limit]:
@@ -201,9 +209,12 @@ def _closest(uppers: Sequence[Limit], extents: Extents) -> list[Limit]:
     for part in uppers:
 
         def implies(a: Limit, b: Limit) -> bool:
-            return a.follows_query == b.follows_query and extents.never_negative(
-                cast(Any, b.upper) - cast(Any, a.upper)
-            )
+            ahead = cast(Any, b.upper) - cast(Any, a.upper)
+            if a.by_batch:  # also of limits that follow the query and such that do not
+                ahead += extents.query * (b.follows_query - a.follows_query)
+            elif a.follows_query != b.follows_query:
+                return False
+            return extents.never_negative(sympy.expand(ahead))
 
         if not any(implies(k, part) for k in kept):
             kept = [*(k for k in kept if not implies(part, k)), part]

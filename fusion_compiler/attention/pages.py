@@ -135,7 +135,7 @@ def _uncut(view: View) -> View | None:
 
 def _pages(view: View) -> Gathered | None:
     cache, lookups = cast("tuple[Node, list[Node | None]]", view.source.args[:2])
-    if len(lookups) != 1 or lookups[0] is None or len(axes.shape_of(cache)) != 4:
+    if len(lookups) != 1 or lookups[0] is None or len(axes.shape_of(cache)) not in (3, 4):
         return None
     table = _table(lookups[0])
     if table is None or view.scale != 1.0:
@@ -168,4 +168,5 @@ def _expected(gather: Node, table: Node, flat: bool, heads_first: bool) -> Itera
     block = Atom(0 if flat else 1, ONE, blocks)
     for atoms in ([each], [Atom(heads, ONE, shape[heads])], [block, Atom(inner, ONE, shape[inner])]):
         yield axes.join(a for a in atoms if not axes.same(a.size, ONE))
-    yield (Atom(first + 2, ONE, shape[first + 2]),)
+    width = shape[first + 2 :]  # scales may have none
+    yield axes.join(Atom(first + 2, ONE, size) for size in width if not axes.same(size, ONE))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch.fx import Node
 
-from ..fused import WORD, Attention, Codes, Layout, Site, StoredAttention
+from ..fused import WORD, Attention, Codes, Layout, Site, Size, StoredAttention
 from ..match import Match
 from ..shapes import shape_of
 from ..sites import interior_between, staying
@@ -24,7 +25,8 @@ def as_stored(match: Match, indexer: Indexer) -> Match:
         return match
     lengths = named(op, match.site).get("lengths")
     q, *sides = match.site.operands[:3]
-    layouts = op.layouts[1:3]
+    layouts = [_whole(layout, shape_of(side)) for layout, side in zip(op.layouts[1:3], sides, strict=True)]
+    op = replace(op, layouts=(op.layouts[0], *layouts, *op.layouts[3:]))
     codes: list[quantised.Found | None] = []
     blocks: list[Gathered | None] = []
     for place, layout in enumerate(layouts):
@@ -36,23 +38,39 @@ def as_stored(match: Match, indexer: Indexer) -> Match:
         sides[place] = found[1] if found is not None else sides[place]
         view = by_axes(sides[place], layout)
         blocks.append(gathered(view, op.mask, lengths, indexer) if view is not None else None)
-    extra = [node for code in codes if code is not None for node in code[2]]
     k, v = blocks
-    pages = None
+    pages, table = None, list[Node]()
     if k is not None and v is not None and k.beside(v):
         plain = all(c is not None or b.cache.meta["val"].dtype == op.dtype for c, b in zip(codes, (k, v), strict=True))
-        if plain and not any(_by_key(c, layout) for c, layout in zip(codes, layouts, strict=True)):
-            pages, sides = k.pages, [k.cache, v.cache]
-            extra.append(k.table)
+        beside = [_beside(*one, op, lengths, indexer) for one in zip(codes, (k, v), layouts, strict=True)]
+        if plain and None not in beside:
+            pages, sides, table = k.pages, [k.cache, v.cache], [k.table]
+            codes = [one or None for one in beside]
     if pages is None and not any(codes):
         return match
     if not all(code is None or _in_words(code[0], node) for code, node in zip(codes, sides, strict=True)):
         return match
-    operands = (q, *sides, *match.site.operands[3:], *extra)
+    extra = [node for code in codes if code is not None for node in code[2]]
+    operands = (q, *sides, *match.site.operands[3:], *extra, *table)
     interior = interior_between(match.site.output, operands)
     site = Site(operands, match.site.output, interior, staying(interior, (match.site.output,)))
     k_codes, v_codes = (code[0] if code is not None else None for code in codes)
     return replace(match, alternatives=(*match.alternatives, (StoredAttention(op, k_codes, v_codes, pages), site)))
+
+
+def _whole(layout: Layout, shape: Sequence[Size]) -> Layout:
+    """`layout` of a tensor of `shape` with the axes of one element that it leaves out, where it only exchanges axes."""
+    long = [d for d, size in enumerate(shape) if size != 1]
+    ones = iter(d for d, size in enumerate(shape) if size == 1)
+    short = [size for size in layout.split if size != 1]
+    exchanged = [layout.split[d] for d in layout.order]
+    alike = len(shape) == len(layout.merged) and short == [shape[d] for d in long]
+    if not alike or [n for n in exchanged if n != 1] != [n for n in layout.merged if n != 1]:
+        return layout
+    kept = [d for d, size in enumerate(layout.split) if size != 1]
+    places = iter(long[kept.index(d)] for d in layout.order if layout.split[d] != 1)
+    order = tuple(next(ones) if size == 1 else next(places) for size in layout.merged)
+    return replace(layout, split=tuple(shape), order=order)
 
 
 def _in_order(node: Node, layout: Layout) -> bool:
@@ -64,6 +82,7 @@ def _in_order(node: Node, layout: Layout) -> bool:
         and shape == layout.split == tuple(layout.split)
         and layout.merged == layout.shape
         and (tuple(shape[d] for d in layout.order) == tuple(layout.shape))
+        and layout.order[-1] == len(shape) - 1
     )
 
 
@@ -76,8 +95,33 @@ def _in_words(codes: Codes, node: Node) -> bool:
     return last == 1 and all(isinstance(n, int) and n % size == 0 for n in counted)
 
 
-def _by_key(codes: quantised.Found | None, layout: Layout) -> bool:
-    """Whether a scale or zero differs from key to key: these would have to be gathered too."""
+def _beside(
+    codes: quantised.Found | None,
+    pages: Gathered,
+    layout: Layout,
+    op: Attention,
+    lengths: Node | None,
+    indexer: Indexer,
+) -> quantised.Found | tuple[()] | None:
+    """`codes` with scales and zeros that a kernel reads beside `pages`: one for all positions of a head, or gathered
+    from pages as the codes are. Nothing where there are no codes, None where there are others."""
+    if codes is None:
+        return ()
+    known, held, others = codes
     axis = layout.order[KEYS] - len(layout.order)
-    shapes = [axes.shape_of(node) for node in (codes[2] if codes is not None else ())]
-    return any(len(shape) >= -axis and not axes.same(shape[axis], axes.ONE) for shape in shapes)
+    shapes = [axes.shape_of(node) for node in others]
+    if not any(len(shape) >= -axis and not axes.same(shape[axis], axes.ONE) for shape in shapes):
+        return codes
+    views = [by_axes(_widened(node), layout) for node in others]
+    found = [gathered(view, op.mask, lengths, indexer) if view is not None else None for view in views]
+    caches = [one.cache for one in found if one is not None and one.pages == pages.pages and one.table is pages.table]
+    blocks = axes.shape_of(pages.cache)[0]
+    if len(caches) < len(others) or not all(axes.same(axes.shape_of(cache)[0], blocks) for cache in caches):
+        return None
+    return replace(known, in_pages=True), held, tuple(caches)
+
+
+def _widened(node: Node) -> Node:
+    """Below a cast of what is gathered to another floating type."""
+    source = node.all_input_nodes[0] if node.target in axes.CASTS else node
+    return source if source.meta["val"].is_floating_point() else node

@@ -32,6 +32,7 @@ class Mask:
     position: bool = False
     chunk: int | None = None  # chunked: also j // chunk == (i + offset (+ position)) // chunk
     padding: int | None = None  # by length: also j < lengths[b] + padding, the site's operand `lengths`, [B] or [1]
+    staggered: bool = False  # that is what the last query sees; the one before it one key less, and so on
     tensor: Literal["none", "additive", "visible", "hidden"] = "none"  # mask operand: added, or True = visible, hidden
     # rows that see no key: proved that there is none, or what the graph gives for them (NaN also where unknown)
     empty_rows: Literal["none", "mean", "nan", "zero"] = "nan"
@@ -123,13 +124,15 @@ class Codes:
 
     A code is an integer or float of 8 bits, or one of two in a byte: the low ones are the even elements of a row
     where `packed` is "pairs", its first half where it is "halves". A row has one scale and one zero, and its codes are
-    whole words of `WORD`, which lie aligned.
+    whole words of `WORD`, which lie aligned. `in_pages`: scale and zero differ from position to position and lie in
+    pages as the codes do, [blocks, size, Hkv] or [blocks, Hkv, size], or with one more axis of one element.
     """
 
     dtype: torch.dtype
     packed: Literal["", "pairs", "halves"] = ""
     shift: float = 0.0
     has_zero: bool = False
+    in_pages: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 MOST_ROWS = 128  # query rows per key/value head; with more, a kernel with tiles of queries is the better plan
 WIDEST = 256
+STORED_ONCE = "What is stored is dequantised or gathered once for all of them, in front of a kernel for many queries"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,7 +40,7 @@ def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Can
     """The plan predicted fastest, or why there is none."""
     stored = as_stored(asked)
     op, codes = stored.attention, (stored.k, stored.v)
-    refusal = _refusal(op, machine) or _unreadable(codes, machine)
+    refusal = _refusal(op, machine, stored=any(codes) or stored.pages is not None) or _unreadable(codes, machine)
     if refusal is not None:
         return Unavailable(refusal)
     plan = predict.best_plan(stored, machine)
@@ -68,7 +69,7 @@ def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Can
     ]
 
 
-def _refusal(op: Attention, machine: Machine) -> str | None:
+def _refusal(op: Attention, machine: Machine, *, stored: bool = False) -> str | None:
     if machine.kind == "cpu":
         return "Triton kernels are generated for GPUs; on a CPU attention is left to torch's kernels and Inductor"
     if machine.kind == "cuda" and machine.capability < 80:
@@ -88,6 +89,7 @@ def _refusal(op: Attention, machine: Machine) -> str | None:
     if query_rows(op) > MOST_ROWS:
         return (
             f"{query_rows(op)} query rows per key/value head are no decode step; the generated kernel takes {MOST_ROWS}"
+            + (f". {STORED_ONCE}" if stored else "")
         )
     if op.scale_layout is not None:
         return "the scores of each row have a scale of their own, and the generated decode kernel takes one for all"
@@ -167,7 +169,8 @@ def prepared(
     read: dict[str, Operand] = {}
     for name, held in zip("kv", codes, strict=True):
         if held is not None:
-            read[name] = _coded(builder, nodes, name, held, layouts[name])
+            first = stored.pages is not None and stored.pages.heads_first
+            read[name] = _coded(builder, nodes, name, held, layouts[name], heads_first=first)
         if stored.pages is not None:
             read[name] = _paged(nodes[name].meta["val"], stored.pages, read.get(name))
     for name in [n for n in ("q", "k", "v", "mask") if n in nodes and n not in read]:
@@ -190,7 +193,9 @@ def prepared(
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
 
 
-def _coded(builder: Builder, nodes: dict[str, Node], name: str, codes: Codes, layout: Layout) -> Operand:
+def _coded(
+    builder: Builder, nodes: dict[str, Node], name: str, codes: Codes, layout: Layout, *, heads_first: bool
+) -> Operand:
     """Codes, scale and zero as the kernel reads them, through the layout of what they stand for."""
     shape = layout.split
 
@@ -200,13 +205,21 @@ def _coded(builder: Builder, nodes: dict[str, Node], name: str, codes: Codes, la
         return _spread(view)
 
     stored = int(shape[-1]) // (2 if codes.packed else 1)
-    held = {
-        what: Operand(nodes[at].meta["val"].dtype, strides(nodes[at], 1))
-        for what in ("scale", "zero") if (at := f"{name}_{what}") in nodes
-    }  # fmt: skip
+    held = {}
+    for what in ("scale", "zero"):
+        node = nodes.get(f"{name}_{what}")
+        if node is not None:
+            value = node.meta["val"]
+            held[what] = Operand(value.dtype, _beside(value, heads_first) if codes.in_pages else strides(node, 1))
     paged = "table" in nodes  # then these are the strides of something else
     own = (0, 0, 0, 0) if paged else strides(nodes[name], stored)
     return Operand(codes.dtype, own, codes, held.get("scale"), held.get("zero"))
+
+
+def _beside(scales: torch.Tensor, heads_first: bool) -> Axes:
+    """Strides of scales that lie in pages, along blocks, heads and positions."""
+    blocks, rows, heads = scales.stride()[:3]
+    return (blocks, rows, heads, 0) if heads_first else (blocks, heads, rows, 0)
 
 
 def _paged(cache: torch.Tensor, pages: Pages, codes: Operand | None) -> Operand:

@@ -174,6 +174,8 @@ def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, ke
     if stored.pages is not None:
         size = stored.pages.size
         step = step + (known.entry if size % plan.block == 0 or by_entries(plan, size) else known.page)
+        if any(code is not None and code.in_pages for code in (stored.k, stored.v)):
+            step = step + known.page  # not measured: as an entry for each key once more
     steps = waves * ceil_div(blocks, active)
     chain = (steps - 1) * step
     moved = pairs * keys * _bytes_per_key(stored)

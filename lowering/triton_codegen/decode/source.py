@@ -21,7 +21,7 @@ import torch
 
 from ....fused import Attention
 from ..pointwise import literal
-from .operands import KernelSource, Operand, Operands, Plan, power_of_two, query_rows, row_tiles
+from .operands import Axes, KernelSource, Operand, Operands, Plan, Table, power_of_two, query_rows, row_tiles
 from .stored import Stored
 from .writer import LOG2E, Writer
 
@@ -239,8 +239,17 @@ class _Split(Writer):
         if not self.by_key:
             return
         self.emit(f"ahead = ({block}) * {self.plan.block} + step")
+        table, size = self.operands.table, self.operands.k.page
+        if table is not None:
+            at = self.along("table", self.table_strides(table), batch="batch", column=f"ahead // {size}")
+            self.emit(
+                f"page_ahead = tl.load({at}, mask=ahead < length, other=0).to(tl.int64)", self.from_last("page_ahead")
+            )
         for name, held in self.by_key.items():
-            at = self.along(name, held.strides, batch="batch", head="kv_head", row=self.key(held, "ahead"))
+            place = {"batch": "batch", "row": self.key(held, "ahead")}
+            if table is not None:
+                place = {"batch": "page_ahead", "row": f"(ahead % {size})"}
+            at = self.along(name, held.strides, head="kv_head", **place)
             self.emit(f"{name}_ahead = tl.load({at}, mask=ahead < length, other=0)")
 
     def pages(self) -> None:
@@ -249,7 +258,7 @@ class _Split(Writer):
         if table is None:
             return
         size, block = self.operands.k.page, self.plan.block
-        strides = (table.strides[0], 0, 0, table.strides[1])
+        strides = self.table_strides(table)
         if self.one_page or not by_entries(self.plan, size):
             key, mask = (f"block * {block}", "") if self.one_page else ("n", ", mask=n < length, other=0")
             at = self.along("table", strides, batch="batch", column=f"({key}) // {size}")
@@ -263,7 +272,15 @@ class _Split(Writer):
                 self.emit(f"page_{i} = tl.load({at}, mask={key} < length, other=0)")
             self.emit("page = " + " + ".join(f"tl.where(step // {size} == {i}, page_{i}, 0)" for i in entries))
             self.emit("page = page.to(tl.int64)")
-        self.emit(f"page = tl.where(page < 0, page + {self.size('blocks_held', table.blocks)}, page)")
+        self.emit(self.from_last("page"))
+
+    def table_strides(self, table: Table) -> Axes:
+        return table.strides[0], 0, 0, table.strides[1]
+
+    def from_last(self, page: str) -> str:
+        """Negative numbers of blocks count from the last."""
+        assert self.operands.table is not None
+        return f"{page} = tl.where({page} < 0, {page} + {self.size('blocks_held', self.operands.table.blocks)}, {page})"
 
     def of_head(self, side: Stored) -> None:
         """Scale and zero that all keys of a head have."""

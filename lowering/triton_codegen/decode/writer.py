@@ -87,7 +87,8 @@ class Writer:
         self.emit(f"length = tl.minimum(newest + {further}, {keys})" if counted else f"length = {keys}")
         if mask.padding is not None:
             at = "lengths" if self.operands.one_length else "lengths + batch"
-            self.emit(f"length = tl.minimum(length, tl.load({at}).to(tl.int32) + {mask.padding})")
+            self.emit(f"own_length = tl.load({at}).to(tl.int32) + {mask.padding}")
+            self.emit("length = tl.minimum(length, own_length)")
         begins = [f"newest - {mask.window - 1}"] if mask.window is not None else []
         begins += [f"newest // {mask.chunk} * {mask.chunk}"] if mask.chunk is not None else []
         nearest = functools.reduce(lambda a, b: f"tl.maximum({a}, {b})", begins, "0")
@@ -115,9 +116,11 @@ class Writer:
     def seen(self) -> list[str]:
         """Which keys n a row sees, but for a mask that is read."""
         mask, seen = self.op.mask, [f"(n < length){self.of_key}"]
+        n = f"n{self.of_key}"
+        if mask.staggered:
+            seen.append(f"({n} < own_length - {int(self.op.q_len) - 1} + query{self.of_row})")
         if mask.kind != "causal":
             return seen
-        n = f"n{self.of_key}"
         newest = f"newest + query{self.of_row}" if int(self.op.q_len) > 1 else "newest"
         if int(self.op.q_len) > 1:
             seen.append(f"({n} <= {newest})")

@@ -66,7 +66,9 @@ def limits(op: Attention, block_n: int, lengths_stride: Amount, positions: str =
         conditions.append("(keys <= shift)")
     if mask.padding is not None:
         setup.append(f"length = tl.load(lengths + batch * {size_text(lengths_stride)}).to(tl.int32) + {mask.padding}")
-        end.append("length")
-        open_end.append("length")
-        conditions.append("(keys < length)")
+        # of the rows' first query
+        first = f"length - {size_text(amount(op.q_len) - 1)} + first_row" if mask.staggered else "length"
+        end.append(f"{first} + {positions} - 1" if mask.staggered else "length")
+        open_end.append(first)
+        conditions.append(f"(keys < {first.replace('first_row', 'rows')})")
     return Limits(*map(tuple, (setup, begin, open_begin, open_end, end, conditions)))
