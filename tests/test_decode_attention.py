@@ -147,6 +147,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]], 
     "softcap": (softcapped, lambda: heads(1, 4, 2, 1, 120, 32), 2),
     "bias": (biased, lambda: (*heads(2, 4, 2, 2, 120, 32), torch.randn(4, 2, 120)), 2),
     "ALiBi": (alibi, lambda: (*heads(2, 4, 4, 1, 120, 32), torch.rand(4)), 2),
+    "one head": (static_cache, lambda: (*heads(2, 1, 1, 1, 90, 32), torch.tensor([70])), 1),
+    "one head, splits": (static_cache, lambda: (*heads(1, 1, 1, 1, 90, 32), torch.tensor([70])), 3),
     "scale on the device": (scaled_by_tensor, lambda: (*heads(2, 4, 4, 1, 90, 32), torch.tensor([4.0])), 1),
 }  # fmt: skip
 

@@ -114,7 +114,9 @@ class _Split(Writer):
         q = self.operands.q
         bounds = self.inside(self.row_bound("[None, :]"), self.k.bound("[:, None]"))
         for suffix, column in self.k.parts.items():
-            where = self.along("q", q.strides, column=f"({column})[:, None]", **self.of_query("[None, :]"))
+            where = self.along(
+                "q", q.strides, whole="head", column=f"({column})[:, None]", **self.of_query("[None, :]")
+            )
             self.emit(f"q_tile{suffix} = tl.load({where}{bounds}){self.cast(q)}")
         if self.k.shifts:
             total = " + ".join(f"tl.sum(q_tile{s}.to(tl.float32), 0)" for s in self.k.parts)
@@ -335,7 +337,7 @@ class _Split(Writer):
         if not self.splitting:
             for suffix, column in v.parts.items():
                 index = self.of_query("[None, :]") | {"column": f"({column})[:, None]"}
-                at = self.along("out", self.operands.out.strides, **index)
+                at = self.along("out", self.operands.out.strides, whole="head", **index)
                 self.emit(f"tl.store({at}, {self.result(f'acc{suffix}', 'total[None, :]')}{mask})")
             return
         self.emit(f"slot = (pair.to(tl.int64) * {self.plan.splits} + split) * {self.rows} + row")
@@ -387,6 +389,8 @@ class _Split(Writer):
         self.emit("m_e = m_all", "total_e = total_e * shrink + tl.sum(l_part * weight, 1)")
         self.emit("acc_e = acc_e * shrink[:, None] + tl.sum(acc_part * weight[:, :, None], 1)")
         self.level -= 1
-        at = self.along("out", self.operands.out.strides, column="c_e[None, :]", **self.of_query("_e[:, None]"))
+        at = self.along(
+            "out", self.operands.out.strides, whole="head", column="c_e[None, :]", **self.of_query("_e[:, None]")
+        )
         inside = f"(row_e < {self.rows})[:, None]" + (f" & (c_e < {width})[None, :]" if columns != width else "")
         self.emit(f"tl.store({at}, {self.result('acc_e', 'total_e[:, None]')}, mask={inside})")

@@ -50,11 +50,12 @@ class Writer:
         self.sizes[name] = value
         return name
 
-    def along(self, tensor: str, strides: Axes, **index: str) -> str:
-        """Offset into `tensor` from the indices given by axis name."""
+    def along(self, tensor: str, strides: Axes, *, whole: str = "", **index: str) -> str:
+        """Offset into `tensor` from the indices given by axis name, the one of `whole` also where that is broadcast, so
+        that the offset has the shape of a tile."""
         terms = []
         for axis, stride in zip(("batch", "head", "row", "column"), strides, strict=True):
-            if axis in index and stride != 0:
+            if axis in index and (stride != 0 or axis == whole):
                 text = self.size(f"{tensor}_{axis}_stride", stride)
                 terms.append(index[axis] if text == "1" else f"{index[axis]} * {text}")
         return " + ".join([tensor, *terms])
