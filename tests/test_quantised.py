@@ -175,6 +175,16 @@ def test_a_residual_and_an_activation_are_written_with_the_product(rows, free_no
     assert relative(out, exact) <= 1.5 * relative(model(x), exact)
 
 
+@pytest.mark.parametrize(("first", "stride"), [(8, K + 24), (3, K + 24), (8, K + 9)])
+def test_rows_that_lie_apart_and_begin_anywhere(first, stride, free_norms):
+    """Only the first of these can be read 8 bytes at a time as it is."""
+    model, x = Split(n=8), torch.randn(2, stride, dtype=HALF)[:, first : first + K]
+    out, report = compiled(model, x, machine=FEW)
+    assert "gemv" in report.fused[0].kernel
+    reference = x.double() @ model.weight().T
+    assert relative(out, reference) <= 1.5 * relative(model(x), reference)
+
+
 def test_blocks_of_18_bytes_are_told_how_to_be_read_faster():
     _, report = compiled(SPELLINGS["ggml.Linear"](), torch.randn(1, K, dtype=HALF), machine=FEW)
     assert "fc.ggml.split(model)" in dict(report.fused[0].details)["layout"]

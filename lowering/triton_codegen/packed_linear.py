@@ -194,11 +194,9 @@ def emit_gemv(
     op: Matmuls, plan: Plan, programs: int, native: bool, builder: Builder, site: Site
 ) -> Node | tuple[Node, ...]:
     """The same for the kernel for few rows, read eight bytes at a time; a node for each of several results."""
-    x_stride, x = rows_of(builder, site.operands[0], int(op.whole.k))
-    if x_stride % 4:
-        x_stride, x = int(op.whole.k), builder.contiguous(x)
+    x_stride, x = _aligned_rows(builder, site.operands[0], int(op.whole.k), 4)
     source = PackedGemv(op, plan, programs, x_stride, native=native).write()
-    return _launched(op, plan, source, programs, _aligned(builder, x), {}, builder, site)
+    return _launched(op, plan, source, programs, x, {}, builder, site)
 
 
 def _launched(
@@ -225,6 +223,12 @@ def _launched(
     )  # fmt: skip
     made = tuple(launched[name] for name in source.outputs)
     return made if len(made) > 1 else made[0]
+
+
+def _aligned_rows(builder: Builder, node: Node, k: int, unit: int) -> tuple[int, Node]:
+    """(distance between rows, node) of x, whose rows all begin where `unit` elements can be loaded at once."""
+    x_stride, x = rows_of(builder, _aligned(builder, node), k)
+    return (k, builder.contiguous(x)) if x_stride % unit else (x_stride, x)
 
 
 def _aligned(builder: Builder, node: Node) -> Node:
