@@ -1,7 +1,8 @@
 """Attention of packed sequences of many lengths: fc.varlen_attention beside torch's varlen kernel and FlexAttention.
 
 python -m benchmarks.varlen                          on a GPU in bf16
-python -m benchmarks.varlen --only mixed --json figures.json
+python -m benchmarks.varlen --only mixed --json part.json     a part of it
+python -m benchmarks.varlen --merge part.json more.json --json all.json     parts put together
 
 "torch" is torch.nn.attention.varlen (FlashAttention 2), "flex" FlexAttention with the documents as its mask and its
 lists of blocks made beforehand; "spelled" is the mask by cumulative lengths in plain PyTorch, compiled by us.
@@ -14,6 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +97,7 @@ def flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
     of_row, of_key = (torch.searchsorted(n, i, right=True) for n, i in ((cu_q, rows), (cu_k, keys)))
     own = rows + (cu_k - cu_q)[of_row]
     seen = lambda b, h, q, k: (of_row[q] == of_key[k]) & (k <= own[q])  # noqa: E731
-    blocks = create_block_mask(seen, None, None, len(rows), len(keys), device=device, _compile=True)
+    blocks = create_block_mask(seen, None, None, len(rows), len(keys), device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
@@ -141,9 +143,15 @@ def main() -> None:
     parser = harness.arguments(__doc__, rounds=20)
     parser.add_argument("--jobs", type=int, default=4, help=parts.JOBS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help=parts.SECONDS)
+    parser.add_argument("--merge", nargs="+", type=Path, help=parts.MERGE)
     args = parser.parse_args()
     device = torch.device(args.device)
     cases = {c.name: c for c in (GPU_CASES if device.type == "cuda" and not args.tiny else TINY_CASES)}
+    if args.merge:
+        order = [c.name for c in GPU_CASES]
+        found = parts.merged(args.merge, lambda row: order.index(row["name"]), args.json)
+        print(harness.row_table([Row(**{key: row[key] for key in row if key != "part"}) for row in found]))
+        return
     chosen = [cases[name] for name in harness.chosen(list(cases), args.only)]
     rows = []
     for figures in parts.measured(chosen, functools.partial(prepare, args), args.jobs, args.seconds):

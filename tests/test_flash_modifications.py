@@ -25,6 +25,7 @@ from fusion_compiler.splice import Builder, clean, replace
 
 LISTED = dataclasses.replace(SMALL, listed=True)
 LENGTH = 52
+LEAST = torch.finfo(torch.float32).min
 
 
 def positions(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,15 +271,21 @@ def test_lists_of_a_mask_that_reads_nothing() -> None:
     check(fn, *heads(1, 2, 2, LENGTH, LENGTH, 16), plan=LISTED)
 
 
+@pytest.mark.parametrize(("dtype", "fill"), [(torch.float32, LEAST), (torch.float32, -1e9), (torch.float16, -65504.0)])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_several_finite_fills_where_rows_see_nothing_are_left(at_once: bool) -> None:
-    """Keys that two masks hide are −∞ in float32, and no longer part of the average that others are."""
+def test_several_finite_fills_where_rows_see_nothing(at_once: bool, dtype: torch.dtype, fill: float) -> None:
+    """Keys that two masks hide are no part of the average of those that one hides: with the least number they are −∞,
+    and where every key of a row is, the row is no number."""
 
     def fn(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         rows, keys = positions(q, k)
-        first, second = (torch.where(s, 0.0, torch.finfo(torch.float32).min) for s in (seen, keys <= rows))
+        first, second = (
+            torch.zeros(s.shape, dtype=q.dtype).masked_fill(~s, fill) for s in (seen, keys < rows + 1 - 2 * (rows == 0))
+        )
         scores = q @ k.mT * 0.25
         return torch.softmax(scores + (first + second) if at_once else scores + first + second, -1) @ v
 
-    op = only(traced(fn, *heads(1, 2, 2, LENGTH, LENGTH, 16), unknown())).op
-    assert isinstance(op, Attention) and op.modification is None and op.mask.kind == "tensor"
+    seen = unknown()
+    seen[0], seen[3, 2:] = False, False
+    op = check(fn, *heads(1, 2, 2, LENGTH, LENGTH, 16, dtype=dtype), seen)
+    assert op.modification is not None and op.modification.unknown

@@ -22,6 +22,7 @@ from .roles import Geometry
 
 LEAST = torch.finfo(torch.float32).min
 ABSORBING = -1e30  # a bias added to it changes nothing
+STANDING = -1e37  # a finite number that hides, as one of several that are added up: beside it no score counts
 OUTWEIGHED = 1e3  # times the factor of an unknown number, a constant beside it counts alone
 MOST_OPERATIONS = 40  # of one term; more are cheaper to read than to compute again for every score
 
@@ -31,6 +32,7 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
     none that can be printed. `total` tells that rows which see no key give 0."""
     nothing, extents, rows = (None, ()), geometry.symbols(), geometry.row_numbers()
     conditions, added, fills = list[Boolean](), list[object](), list[float]()
+    summed = list[tuple[Term, object]]()
     for term in geometry.terms():
         value = _printable(term, indexer, extents)
         if not term.additive:
@@ -39,6 +41,7 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
             conditions.append(truth(value) if term.keeps else sympy.Not(truth(value)))
             fills.append(term.fill)
             continue
+        summed.append((term, value))
         visible, hiding = _visible(value, term.factor)
         if hiding:
             conditions.append(visible)
@@ -63,8 +66,12 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
         if any({extents.query, extents.key} & part.free_symbols for part in parts_of(sink)):
             return nothing
         finite, seen, unknown = False, True, False  # a row that sees no key gives 0, however it is hidden
-    if finite and not seen and not _average(geometry.terms(), fills, bool(added)):
+    several = finite and not seen and not _average(geometry.terms(), fills, bool(added))
+    if several and len(summed) < len(geometry.terms()):
         return nothing
+    if several:
+        added, parts, whole = [_sum_of_hiding(*one) for one in summed], [], sympy.true
+        finite, unknown = False, True
     mask, visible, nodes = Mask("none"), whole, dict[str, Node]()
     if seen or not finite:
         found = [(part, read(part, extents, indexer)) for part in parts]
@@ -111,6 +118,22 @@ def _printable(term: Term, indexer: Indexer, extents: Extents) -> object:
     operations = sum(int(sympy.count_ops(a)) for a in atoms)
     tiles = {load for a in atoms for load in loads_of(a, indexer) if _is_tile(load, extents)}
     return indexer.element(term.node, term.index) if operations > MOST_OPERATIONS or len(tiles) > 1 else value
+
+
+def _sum_of_hiding(term: Term, value: object) -> object:
+    """What a term adds, for rows that several terms may hide wholly: those keys then count that the fewest hide. Twice
+    the least number of a dtype is −∞."""
+    least = torch.finfo(term.node.meta["val"].dtype).min
+
+    def standing(leaf: sympy.Expr) -> sympy.Expr:
+        hiding = _hiding(leaf, term.factor)
+        if hiding is None:
+            return leaf * sympy.Float(term.factor)
+        if hiding < least:
+            return sympy.S.NegativeInfinity
+        return sympy.Float(LEAST if hiding == least else STANDING)
+
+    return _mapped(number(value), standing)
 
 
 def _is_tile(load: sympy.Expr, extents: Extents) -> bool:

@@ -50,7 +50,7 @@ class Printer:
         if term.is_Add:
             return "(" + " + ".join(self.number(a, factor) for a in _narrow_first(term.args)) + ")"
         if term.is_number:
-            return repr(float(term) * factor)
+            return 'float("-inf")' if term == -sympy.oo else repr(float(term) * factor)
         parts = [repr(factor)] if factor != 1.0 else []
         return "(" + " * ".join(parts + [self._float(a) for a in _narrow_first(sympy.Mul.make_args(term))]) + ")"
 
