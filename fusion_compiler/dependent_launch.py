@@ -7,15 +7,17 @@ Nothing may be read or written before the wait.
 A small kernel leaves most of the device idle: behind its own wait it lets the next kernel's blocks take their places
 while it runs. They wait for all that it writes, and all in front of it has ended by then.
 
-The wait is written as an assembly that returns zero, which is added to every pointer. So data and not order keeps each
-access behind it, and the assembly need not have side effects, of which Inductor's analysis of kernels accepts none.
+The wait is written as an assembly that returns zero, which is added to every pointer, and to a coordinate of all that
+is loaded through a descriptor. So data and not order keeps each access behind it, and the assembly need not have side
+effects, of which Inductor's analysis of kernels accepts none.
 Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -35,17 +37,23 @@ def supported(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def waiting(kernel: Any, pointers: Sequence[str], lets: bool = False) -> Any:
-    """`kernel` with a wait at its head; `pointers` are all of its arguments that are tensors. With `lets` the next
-    kernel may take its places from there on.
+def waiting(kernel: Any, pointers: Sequence[str], described: Collection[str] = (), lets: bool = False) -> Any:
+    """`kernel` with a wait at its head. Its arguments that are tensors are `pointers` and `described`, which come as
+    descriptors. With `lets` the next kernel may take its places from there on.
 
     A kernel that we did not generate is left as it is: it starts when everything in front of it has ended.
     """
     source, name = source_of(kernel.fn), kernel.__name__
-    return kernel if source is None else getattr(module_from_source(with_wait(source, name, pointers, lets)), name)
+    return (
+        kernel
+        if source is None
+        else getattr(module_from_source(with_wait(source, name, pointers, described, lets)), name)
+    )
 
 
-def with_wait(source: str, name: str, pointers: Sequence[str], lets: bool = False) -> str:
+def with_wait(
+    source: str, name: str, pointers: Sequence[str], described: Collection[str] = (), lets: bool = False
+) -> str:
     """The module `source` with a wait at the head of its kernel `name`."""
     kernel = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
     control = f'"{WAIT} {LET + " " if lets else ""}mov.u32 $0, $1;", "=r,r"'
@@ -53,6 +61,8 @@ def with_wait(source: str, name: str, pointers: Sequence[str], lets: bool = Fals
         f"waited = tl.inline_asm_elementwise({control}, [tl.program_id(0) * 0], tl.int32, True, 1) * {ALIGNED}",
         *(f"{pointer} += waited" for pointer in pointers),
     ]
+    for tensor in described:
+        source = re.sub(rf"\b{tensor}\.load\(\[", f"{tensor}.load([waited + ", source)
     lines = source.split("\n")
     first = kernel.body[0]
     lines[first.lineno - 1 : first.lineno - 1] = [" " * first.col_offset + line for line in head]

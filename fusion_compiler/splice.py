@@ -169,6 +169,7 @@ class Builder:
         num_warps: int = 4,
         num_stages: int = 3,
         blocks: Mapping[str, tuple[int, ...]] | None = None,
+        waits: bool = True,
         lets: bool = False,
     ) -> dict[str, Node]:
         """Launches a `triton.jit` kernel; returns the tensors it wrote, by argument name.
@@ -176,7 +177,8 @@ class Builder:
         `arguments` gives every argument of the kernel by name: nodes, numbers, symbolic sizes, dtypes; those the kernel
         declares `tl.constexpr` must be constants. `outputs` names the tensors written, usually fresh `empty` nodes.
         Those in `blocks` are passed as descriptors, to be loaded from in blocks of the given shape: see `described`.
-        `lets` is for small kernels: where the device can, the next one's blocks take their places meanwhile.
+        Where the device can, it `waits` in its places for the kernel in front. `lets` is for small kernels: the next
+        one's blocks take their places meanwhile.
         """
         names = list(kernel.arg_names)
         if set(names) != set(arguments):
@@ -190,9 +192,10 @@ class Builder:
         constants = {k: resolved[k] for k in names if k not in in_graph}
         values = {k: node.meta["val"] for k, node in in_graph.items() if isinstance(node, Node)}
         devices = {name: value.device for name, value in values.items() if isinstance(value, torch.Tensor)}
-        # what a descriptor names is read by the copy engine, which knows no pointer that waits
-        if not blocks and all(map(dependent_launch.supported, devices.values())):
-            kernel = dependent_launch.waiting(kernel, list(devices), lets)
+        if waits and all(map(dependent_launch.supported, devices.values())):
+            described = (blocks or {}).keys()
+            pointers = [name for name in devices if name not in described]
+            kernel = dependent_launch.waiting(kernel, pointers, described, lets)
         self.kernels += filter(None, [source_of(kernel.fn)])
         entries = tuple(self.scalar(g) if isinstance(g, torch.SymInt) else g for g in grid)
         launch = self.call(

@@ -107,7 +107,7 @@ def test_inductor_writes_the_settings_of_a_kernel_where_we_look_for_them() -> No
 
 def test_nothing_is_read_before_the_wait_and_loads_stay_as_wide() -> None:
     found = ahead_of_time.compile_all("test_dependent_launch")
-    assert {kernel["kind"] for kernel in found} == {"gemv", "swap", "sliced"}
+    assert {kernel["kind"] for kernel in found} == {"gemv", "swap", "sliced", "tile"}
     for kernel in found:
         assert kernel["wait"] < kernel["first access"], kernel
         assert kernel["wide loads"][0] == kernel["wide loads"][1], kernel
@@ -123,21 +123,25 @@ def compile_all() -> list[dict[str, Any]]:
 
     normed = MatmulFamily(1, 2048, 2048, 1, RMS, acc(0), (), torch.bfloat16, torch.bfloat16)
     plain = dataclasses.replace(normed, m=16, norm=None)
+    kinds = {"gemv": normed, "swap": dataclasses.replace(normed, m=16), "sliced": plain}
+    kinds["tile"] = dataclasses.replace(normed, m=64)
     found = []
-    for kind, op in (("gemv", normed), ("swap", dataclasses.replace(normed, m=16)), ("sliced", plain)):
+    for kind, op in kinds.items():
         plan = next(p for p in predict.plans(op, TABLE["h200"], int(op.m)) if p.kind == kind)
         source = write(op, plan, facts(op, plan))
-        text = dependent_launch.with_wait(source.text, source.name, source.tensors)
+        described = dict(source.blocks)
+        pointers = [name for name in source.tensors if name not in described]
+        text = dependent_launch.with_wait(source.text, source.name, pointers, described)
         made = [
             compile_kernel(op, plan, dataclasses.replace(source, text=t), GPUTarget("cuda", 90, 32))
             for t in (source.text, text)
         ]
         ptx = made[1].asm["ptx"]
-        access = re.search(r"\n[^\n]*(ld\.global|st\.global|cp\.async\.c)", ptx)
+        access = re.search(r"\n[^\n]*(ld\.global|st\.global|cp\.async\.c|cp\.async\.bulk\.tensor)", ptx)
         assert access is not None
         found.append({
             "kind": kind, "wait": ptx.find("griddepcontrol.wait") % len(ptx), "first access": access.start(),
-            "wide loads": [len(re.findall(r"\.v4\.|cp\.async\.cg", m.asm["ptx"])) for m in made],
+            "wide loads": [len(re.findall(r"\.v4\.|cp\.async\.(cg|bulk\.tensor)", m.asm["ptx"])) for m in made],
             "spills": resources(made[1]).spills,
         })  # fmt: skip
     return found

@@ -45,9 +45,11 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node | tupl
     arguments |= {name: _size(builder, name) for name in source.symbols}
     arguments |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     grid = [op.heads, builder.ceil_div(op.q_len, plan.block_m), op.batch]
+    described = tiles(op, plan)
     launched = builder.triton(
         load_kernel(source.text, NAME), grid, arguments, list(op.results), num_warps=plan.num_warps,
-        num_stages=plan.num_stages, blocks=tiles(op, plan),
+        num_stages=plan.num_stages, blocks=described,
+        waits=not described,  # to wait is worth nothing to kernels that run for so long
     )  # fmt: skip
     out = launched["out"]
     out = builder.reshape(out, op.out.merged) if in_place else arranged(builder, out, op.out)
