@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from matmul_family_cases import BIAS, LAYER, PLAIN, RMS, SCALED, Epilogue, Operands, family
 from test_matmul_family import PLANS, assert_as_good_as_eager
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fusion_compiler as fc
 from fusion_compiler import layout, splice
@@ -29,25 +30,38 @@ WIDTHS = ((96, PLAIN), (32, BIAS), (64, SCALED))
 QKV = next(p for p in BUILTIN if p.name == "qkv_projection")
 
 
+def computed(
+    m: int, k: int, less: int, norm: RowNorm | None, plan: Plan, *, runtime_m: bool, dtype: torch.dtype = torch.float16
+) -> None:
+    """By one kernel, and as good as eager; the results are `less` columns narrower than WIDTHS."""
+    first = Operands.random(family(m, k, 8, norm, PLAIN, dtype))
+    parts: list[tuple[Operands, Epilogue]] = []
+    for n, epilogue in WIDTHS:
+        drawn = Operands.random(family(m, k, n - less, norm, epilogue, dtype))
+        parts.append((dataclasses.replace(drawn, x=first.x, norm=first.norm), epilogue))
+    op = MatmulGroup(m, tuple(p.op for p, _ in parts))
+    known = dataclasses.replace(facts(op, plan), m=None) if runtime_m else facts(op, plan)
+    source = write(op, plan, known)
+    outs = [torch.full((m, int(p.op.n)), float("nan"), dtype=dtype) for p, _ in parts]
+    given = [first.x, *first.norm, *(t for p, _ in parts for t in (*p.weights, *p.extras)), *outs]
+    arguments = dict(zip(source.tensors, given, strict=True)) | ({"M": m} if runtime_m else {})
+    arguments |= {name: TensorDescriptor.from_tensor(arguments[name], list(block)) for name, block in source.blocks}
+    load_kernel(source.text, source.name)[(programs(op, plan),)](**arguments, **constexprs(op, plan))
+    for out, (operands, epilogue) in zip(outs, parts, strict=True):
+        assert_as_good_as_eager(out, operands, epilogue)
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("norm", [None, RMS, LAYER], ids=["plain", "rms", "layer"])
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 def test_numbers(norm: RowNorm | None, plan: Plan, uneven: bool) -> None:
-    m, k = 2, 130 if uneven else 128
-    first = Operands.random(family(m, k, 8, norm, PLAIN, torch.float16))
-    parts: list[tuple[Operands, Epilogue]] = []
-    for n, epilogue in WIDTHS:
-        drawn = Operands.random(family(m, k, n - 3 * uneven, norm, epilogue, torch.float16))
-        parts.append((dataclasses.replace(drawn, x=first.x, norm=first.norm), epilogue))
-    op = MatmulGroup(m, tuple(p.op for p, _ in parts))
-    known = dataclasses.replace(facts(op, plan), m=None) if uneven else facts(op, plan)
-    source = write(op, plan, known)
-    outs = [torch.full((m, int(p.op.n)), float("nan"), dtype=torch.float16) for p, _ in parts]
-    given = [first.x, *first.norm, *(t for p, _ in parts for t in (*p.weights, *p.extras)), *outs]
-    arguments = dict(zip(source.tensors, given, strict=True)) | ({"M": m} if uneven else {})
-    load_kernel(source.text, source.name)[(programs(op, plan),)](**arguments, **constexprs(op, plan))
-    for out, (operands, epilogue) in zip(outs, parts, strict=True):
-        assert_as_good_as_eager(out, operands, epilogue)
+    computed(2, 130 if uneven else 128, 3 * uneven, norm, plan, runtime_m=uneven)
+
+
+@pytest.mark.parametrize("norm", [None, RMS], ids=["plain", "rms"])
+def test_tiles(norm: RowNorm | None) -> None:
+    for m, less in ((70, 3), (64, 0)):
+        computed(m, 136, less, norm, Plan("tile", 64, 32, 32, 4, 3, group=2), runtime_m=less > 0, dtype=torch.float32)
 
 
 # ---- matching -----------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ def best_plans(op: Matmuls, machine: Machine, rows: int) -> list[Plan]:
 def _predicted(op: Matmuls, machine: Machine, rows: int) -> list[tuple[float, Plan]]:
     moved = float(sympy.sympify(_moved(op)).subs(amount(op.m), rows))
     whole = op.whole
-    # one descriptor cannot stand for several weights, and blocks that share K are counted for one
-    single = ("tile", "shared", "split")
+    # blocks that share tiles or K are counted for one result
+    single = ("shared", "split")
     plans = (p for p in predict.plans(whole, machine, rows) if p.kind not in single or len(op.parts) == 1)
     if whole.activation:
         # with the tile of x in its registers as well, a thread of the other kinds has too few of them
@@ -122,7 +122,7 @@ def _refusal(op: Matmuls, machine: Machine) -> str | None:
 def _no_plan(op: Matmuls, machine: Machine) -> str:
     m = amount(op.m)
     if isinstance(m, int) and m > predict.MOST_ROWS:
-        why = "linears with a result each are not" if len(op.parts) > 1 else tiles.refusal(op.whole, machine, m)
+        why = tiles.refusal(op.whole, machine, m)
         return f"M = {m}: beyond {predict.MOST_ROWS} rows kernels are tiled, and {why or 'no tile fits this machine'}"
     return inexact(op.dtype) or f"no plan for {m} rows of {op.dtype} fits {machine.name} ({machine.arch})"
 

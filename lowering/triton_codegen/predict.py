@@ -39,7 +39,7 @@ MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
 SLICED_ROWS = 32  # beyond, every block reads more of x than of the weights
 SLICES = 4  # 8 were never better
 SPLITS = (2, 4, 8)
-UNTRIED = 0.3  # of blocks that share K, which are predicted less well: autotune may take them
+UNTRIED = 0.3  # of what is predicted less well, or was never measured: autotune may take it
 ARRIVALS = 1024  # blocks of columns that can be counted, in zeros that all kernels of a graph share
 SPLIT_BLOCKS = 0.7, 1.0  # for each multiprocessor; a second round was never better
 SLICED_STEPS = 4  # fewer would not fill the pipeline
@@ -99,7 +99,7 @@ def constants() -> Constants:
 
 def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> float:
     """By how much a prediction may flatter the plan beside Inductor's."""
-    if plan.kind == "split":
+    if plan.kind == "split" or (plan.tiled and len(op.parts) > 1):
         return UNTRIED
     known, whole = constants(), op.whole
     alike = machine.name == known.machine and dtype_name(op.dtype) == known.dtype and whole.activation is None

@@ -197,17 +197,24 @@ class Writer(Parts):
     # ---- pieces in common -------------------------------------------------------------------
     def indices(self) -> None:
         if self.several:
-            self.emit(f"block = {self.block}", f"w, part, first, width = w0, 0, 0, {self.parts[0].n}")
-            before = []
-            for p, part in enumerate(self.parts[1:], 1):
-                before.append(f"tl.cdiv({self.parts[p - 1].n}, BLOCK_N)")
-                begin = " + ".join(before)
-                self.emit(f"if block >= {begin}:", f"{INDENT}w, part, first, width = w{p}, {p}, {begin}, {part.n}")
+            self.emit(f"block = {self.block}")
+            self.choose_part(weight=True)
             self.emit("n = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)")
         else:
             self.emit(f"n = {self.block} * BLOCK_N + tl.arange(0, BLOCK_N)")
         if not self.known.even_n:
             self.emit(f"n_in = n < {'width' if self.several else 'N'}")
+
+    def choose_part(self, weight: bool = False) -> None:
+        """Which part `block` belongs to, its first block and its width, and the pointer to its weight."""
+        names = "w, part, first, width" if weight else "part, first, width"
+        before: list[str] = []
+        for p, part in enumerate(self.parts):
+            found = f"{f'w{p}, ' if weight else ''}{p}, {' + '.join(before) or 0}, {part.n}"
+            if before:
+                self.emit(f"if block >= {' + '.join(before)}:")
+            self.emit(f"{INDENT if before else ''}{names} = {found}")
+            before.append(f"tl.cdiv({part.n}, BLOCK_N)")
 
     def load_weights(self) -> None:
         """Weights are read once and never again, so they leave the caches first."""
