@@ -72,6 +72,7 @@ CASES = {
     "gelu up 1B": Case(gelu, 2048, (8192,)),
     "layer_linear 8B": Case(layer_linear, 4096, (4096,)),
     "gated_mlp 1B": Case(gated_mlp, 2048, (8192, 8192)),
+    "gated_mlp 8B": Case(gated_mlp, 4096, (14336, 14336)),
     "rms_qkv 1B": Case(rms_qkv, 2048, (2048, 512, 512)),
     "residual down 8B": Case(residual, 14336, (4096,)),
     "residual down 1B ×4": Case(residual, 8192, (2048,) * 4),
