@@ -5,10 +5,11 @@ python -m benchmarks.decode --json figures.json --sweep    plans around it
 python -m benchmarks.decode --json figures.json --grid     lengths and batches for models of three sizes
 python -m benchmarks.decode --merge figures.json --plot lengths.svg    draws them (needs matplotlib)
 
-Times are medians of CUDA-graph replays, the caches rotated beyond L2. "cudnn" is torch's cuDNN attention reading the
-un-repeated cache with a mask tensor. Errors are against float64, over those of the plain formula. Keys and values are
-stored in bfloat16, as they are or in pages in random order, or as codes: int8 and int4 with a scale (and for int4 a
-zero) per token and head, fp8 with one scale.
+Times are medians of CUDA-graph replays, the caches rotated beyond L2. Kernels are launched as a compiled graph launches
+them, before the kernel in front has ended where the device can ("us"), and after it ("us_in_order"). "cudnn" is torch's
+cuDNN attention reading the un-repeated cache with a mask tensor. Errors are against float64, over those of the plain
+formula. Keys and values are stored in bfloat16, as they are or in pages in random order, or as codes: int8 and int4
+with a scale (and for int4 a zero) per token and head, fp8 with one scale.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_compiler import dependent_launch
 from fusion_compiler.fused import Attention, Codes, Layout, Mask, Pages, StoredAttention
 from fusion_compiler.lowering.triton_codegen.decode import predict
 from fusion_compiler.lowering.triton_codegen.decode.operands import (
@@ -256,7 +258,7 @@ class Inputs:
         return torch.einsum("bhgqk,bhkd->bhgqd", p, v).flatten(1, 2)
 
 
-def launcher(case: Case, plan: Plan, inputs: Inputs) -> tuple[Tensor, Callable[..., None]]:
+def launcher(case: Case, plan: Plan, inputs: Inputs, *, in_order: bool = False) -> tuple[Tensor, Callable[..., None]]:
     """(result, function of a cache that launches the kernel of a plan)."""
     pairs, made = case.batch * case.kv_heads, source(case, plan)
     slots = (pairs, plan.splits, query_rows(case.op()))
@@ -272,10 +274,13 @@ def launcher(case: Case, plan: Plan, inputs: Inputs) -> tuple[Tensor, Callable[.
     }
     fixed |= {"table": inputs.table} if case.page else {}
     kernel, grid = load_kernel(made.text, made.name), (tiles, plan.splits)
+    options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": made.num_stages}
+    if not in_order and dependent_launch.supported(inputs.q.device):
+        kernel, options = dependent_launch.waiting(kernel, list(made.tensors)), options | {"launch_pdl": True}
 
     def launch(*cache: Tensor) -> None:
         tensors = fixed | dict(zip(("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"), cache, strict=False))
-        kernel[grid](*(tensors[n] for n in made.tensors), num_warps=plan.num_warps, num_stages=made.num_stages)
+        kernel[grid](*(tensors[n] for n in made.tensors), **options)
 
     return out, launch
 
@@ -327,6 +332,8 @@ def measure(case: Case, plans: list[Plan]) -> dict[str, Any]:
             launch(*inputs.caches[0])
             error = harness.relative_error(out, reference) / eager_error
             times = {"us": microseconds(launch, inputs)}
+            if len(plans) == 1:
+                times["us_in_order"] = microseconds(launcher(case, plan, inputs, in_order=True)[1], inputs)
         except Exception as problem:  # a plan that cannot run is a result of the sweep
             print(f"  {plan.label}: {type(problem).__name__}: {problem}"[:200])
             continue
@@ -341,7 +348,10 @@ def _row(result: dict[str, Any], shown: int) -> str:
     wrong = [v["label"] for v in ranked if not v["error"] <= 1.5]
     head = f"{result['case']['name']:30s} floor {result['floor']:6.2f} cudnn {result['cudnn']:6.2f}"
     head += f" unmasked {result['cudnn_unmasked']:6.2f}"
-    best = " | ".join(f"{v['label']} {v['us']:.2f} predicted {v['predicted']:.2f}" for v in ranked[:shown])
+    best = " | ".join(
+        f"{v['label']} {v['us']:.2f} ({v.get('us_in_order', math.nan):.2f}) predicted {v['predicted']:.2f}"
+        for v in ranked[:shown]
+    )
     return f"{head} | {best} | {len(wrong)} wrong of {len(ranked)} {wrong[:3]}"
 
 
@@ -371,7 +381,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there, after every case")
-    parser.add_argument("--only", help="part of the names of the cases to run")
+    parser.add_argument("--only", help="parts of the names of the cases to run, with commas between")
     parser.add_argument("--sweep", action="store_true", help="every plan, not only the one that the cost model takes")
     parser.add_argument("--grid", action="store_true", help="lengths and batches for models of three sizes")
     parser.add_argument("--merge", type=Path, help="measure nothing, take these figures")
@@ -379,7 +389,8 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.merge.read_text())["results"] if args.merge else []
     cases = () if args.merge else grid() if args.grid else CASES
-    for case in (c for c in cases if not args.only or args.only in c.name):
+    wanted = (args.only or "").split(",")
+    for case in (c for c in cases if any(part in c.name for part in wanted)):
         results.append(measure(case, list(sweep(case)) if args.sweep else [chosen(case)]))
         if args.json:
             args.json.write_text(json.dumps({**provenance(torch.device("cuda")), "results": results}))
