@@ -8,7 +8,7 @@ places if their positions are equal. Where the positions are counted from one in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -28,7 +28,8 @@ POSITIONS = 2  # the axis of a cache
 @dataclass(frozen=True)
 class Positions:
     """Where L rows are put: at `offset` + t where `kind` is "none", further by the integer that `node` holds on the
-    device ("scalar") or in the graph ("size"), or at the "indices" [L] of `node`."""
+    device ("scalar") or in the graph ("size"), at the "indices" [L] of `node`, or at those of each sequence, [B, L] or,
+    for one row, [B] ("sequences")."""
 
     kind: str
     node: Node | None = None
@@ -37,12 +38,19 @@ class Positions:
 
 @dataclass(frozen=True)
 class Write:
-    """New rows `rows` [B, heads, L, D] put into `cache` [B, heads, S, D]."""
+    """New rows `rows` [B, heads, L, D], or where `tokens_first` [B, L, heads, D], put into `cache` [B, heads, S, D]."""
 
     node: Node
     cache: Node
     at: Positions
     rows: Node
+    tokens_first: bool = False
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Of the rows, as [B, heads, L, D]."""
+        shape = tuple(shape_of(self.rows))
+        return (shape[0], shape[2], shape[1], *shape[3:]) if self.tokens_first else shape
 
 
 def written(node: Node) -> Write | None:
@@ -51,7 +59,7 @@ def written(node: Node) -> Write | None:
     write = find(node) if find is not None else None
     if write is None:
         return None
-    shapes = [shape_of(n) for n in (write.cache, write.rows)]
+    shapes = [shape_of(write.cache), write.shape]
     if not all(len(shape) == 4 and all(isinstance(size, int) for size in shape) for shape in shapes):
         return None
     (batch, heads, _, width), rows = shapes
@@ -62,12 +70,29 @@ def written(node: Node) -> Write | None:
 def _put(node: Node) -> Write | None:
     cache, indices, rows, accumulate = arguments(node, (None, None, None, False))
     at = [i for i in indices if i is not None]
-    if accumulate or len(at) != 1 or len(indices) <= POSITIONS or indices[POSITIONS] is None:
+    if accumulate or len(indices) <= POSITIONS or indices[POSITIONS] is None:
+        return None
+    if len(at) == 2 and indices[0] is not None:
+        return _put_by_sequence(node, cache, *at, rows)
+    if len(at) != 1:
         return None
     fits = isinstance(rows, Node) and len(shape_of(rows)) == 4 and shape_of(at[0]) == shape_of(rows)[2:3]
     if not fits or at[0].meta["val"].dtype == torch.bool:
         return None
     return Write(node, cache, _counted(at[0]), rows)
+
+
+def _put_by_sequence(node: Node, cache: Node, sequences: Node, at: Node, rows: Node) -> Write | None:
+    """cache[sequences, :, at] = rows: [B, H, D] at positions [B], or [B, L, H, D] at [B, L]."""
+    batch, sequence = shape_of(cache)[0], sympy.Symbol("sequence", integer=True, nonnegative=True)
+    several = len(shape_of(at)) == 2
+    source, tokens_first = (rows, True) if several else _of_one_row(rows)
+    if shape_of(sequences) != ((batch, 1) if several else (batch,)) or shape_of(at)[0] != batch:
+        return None
+    index = (sequence, sympy.Integer(0)) if several else (sequence,)
+    if source is None or len(shape_of(source)) != 4 or Indexer().at(sequences, index) != sequence:
+        return None
+    return Write(node, cache, Positions("sequences", at), source, tokens_first)
 
 
 def _scattered(node: Node) -> Write | None:
@@ -97,18 +122,24 @@ def _sliced(node: Node) -> Write | None:
 
 def _selected(node: Node) -> Write | None:
     cache, row, dim, index = arguments(node, (None, None, None, None))
-    row = _copied(row)
-    if dim % 4 != POSITIONS or row.target is not aten.select.int:
-        return None
-    rows, taken, _ = arguments(row, (None, None, None))
-    one = len(shape_of(rows)) == 4 and taken % 4 == POSITIONS and shape_of(rows)[POSITIONS] == 1
-    return _from(node, cache, index, rows) if one else None
+    rows, tokens_first = _of_one_row(_copied(row))
+    write = _from(node, cache, index, rows) if rows is not None and dim % 4 == POSITIONS else None
+    return replace(write, tokens_first=tokens_first) if write is not None else None
 
 
 _SPELLINGS: dict[Any, Callable[[Node], Write | None]] = {
     aten.index_put.default: _put, aten.scatter.src: _scattered, aten.slice_scatter.default: _sliced,
     aten.select_scatter.default: _selected,
 }  # fmt: skip
+
+
+def _of_one_row(row: Node) -> tuple[Node | None, bool]:
+    """(the rows of which `row` [B, heads, D] is the only one, whether they stand as [B, 1, heads, D])."""
+    if row.target is not aten.select.int:
+        return None, False
+    rows, dim, _ = arguments(row, (None, None, None))
+    one = len(shape_of(rows)) == 4 and dim % 4 in (1, POSITIONS) and shape_of(rows)[dim] == 1
+    return (rows, dim % 4 == 1) if one else (None, False)
 
 
 def _copied(node: Node) -> Node:

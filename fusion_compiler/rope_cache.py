@@ -66,7 +66,8 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     misses: list[NearMiss] = []
     taken: set[Node] = set()
     for keys in writes:
-        turned, tokens_first = _unswapped(keys.rows)
+        turned, swapped = _unswapped(keys.rows)
+        tokens_first = swapped != keys.tokens_first
         if turned not in rotations:
             between = _between(view, keys, ropes)
             misses += [NearMiss(PATTERN, keys.node, between, keys.node)] if between else []
@@ -173,9 +174,7 @@ def _same(view: SemanticView, a: Node, b: Node) -> bool:
 
 def _alike(values: Write, keys: Write) -> bool:
     """Whether two caches have the same heads and positions."""
-    return (
-        shape_of(values.cache)[:3] == shape_of(keys.cache)[:3] and shape_of(values.rows)[:3] == shape_of(keys.rows)[:3]
-    )
+    return shape_of(values.cache)[:3] == shape_of(keys.cache)[:3] and values.shape[:3] == keys.shape[:3]
 
 
 def _turns(view: SemanticView, rotation: Turned, angles: Sequence[Node]) -> bool:
@@ -200,13 +199,13 @@ def _match(view: SemanticView, query: Turned, key: Turned, keys: Write, values: 
     operands = (q.node, k.node, values.rows, *key.angles, keys.cache, values.cache, *index, *weights)
     first = {
         "q": tokens_first ^ q.swapped, "k": tokens_first ^ k.swapped, "out": tokens_first ^ swapped,
-        "angles": tokens_first,
+        "angles": tokens_first, "v": values.tokens_first,
     }  # fmt: skip
     assert isinstance(key.match.op, Declared)
     batch, kv_heads, cache_length, width = shape_of(keys.cache)
     op = RopeCache(
         batch=batch, heads=shape_of(query.node)[2 if tokens_first else 1], kv_heads=kv_heads,
-        length=shape_of(keys.rows)[2], cache_length=cache_length, head_dim=width, v_dim=shape_of(values.cache)[3],
+        length=keys.shape[2], cache_length=cache_length, head_dim=width, v_dim=shape_of(values.cache)[3],
         results=tuple(names[n] for n in (last, *others)), dtype=keys.cache.meta["val"].dtype,
         interleaved=bool(key.match.op.arguments[-1]), tokens_first=frozenset(n for n in first if first[n]),
         index=keys.at.kind, offset=keys.at.offset, q_norm=q.norm, k_norm=k.norm,

@@ -139,7 +139,36 @@ def putting(spelling: str, position: int | None) -> Step:
     return step
 
 
+def sequences(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, index: Tensor
+) -> tuple[Tensor, ...]:
+    """Every sequence is at a position of its own, which tells its angles too."""
+    q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
+    at = index + torch.arange(L) + torch.tensor([[0], [2 - S]])
+    angles = angles[0] * at[..., None].to(angles.dtype)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1)[:, None].to(q.dtype) for f in (torch.cos, torch.sin))
+    q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
+    batch = torch.arange(B)[:, None]
+    keys[batch, :, at], values[batch, :, at] = k.transpose(1, 2), v.transpose(1, 2)
+    return q, keys.clone(), values.clone()
+
+
+def one_each(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor, index: Tensor
+) -> tuple[Tensor, ...]:
+    q, k = (t[:, :1].view(B, 1, -1, D).transpose(1, 2) for t in (q, k))
+    v = v[:, :1].view(B, 1, -1, D)
+    cos, sin = (
+        torch.cat((f(angles[:B]), f(angles[:B])), -1)[:, None, None].to(q.dtype) for f in (torch.cos, torch.sin)
+    )
+    q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
+    at, batch = index * torch.tensor([1, 2]), torch.arange(B)
+    keys[batch, :, at], values[batch, :, at] = k[:, :, 0], v[:, 0]
+    return q, keys.clone(), values.clone()
+
+
 WRITES = {
+    "sequences": (sequences, "sequences"), "one token each": (one_each, "sequences"),
     "scatter": (putting("scatter", None), "scalar"), "scatter_": (putting("scatter_", None), "scalar"),
     "slice_scatter": (putting("slice", 4), "none"), "assigned": (putting("assigned", 4), "none"),
     "prefill": (putting("assigned", 0), "none"), "the last": (putting("slice", S - L), "none"),

@@ -46,6 +46,7 @@ class Reading:
     values: Strides
     out: Strides
     halves: bool  # cos and sin are given for half of the columns
+    index: Strides = ()  # of indices, along batch and tokens
 
 
 def candidates(op: RopeCache, machine: Machine) -> list[Candidate] | Unavailable:
@@ -136,7 +137,9 @@ class _Writer:
         if first is not None:
             self.emit(f"at = {first}token + {op.offset}")
         else:
-            self.emit("at = tl.load(index + token, mask=row_in, other=0).to(tl.int64)")
+            by_sequence, by_token = r.index
+            place = f"index + batch * {by_sequence} + token * {by_token}"
+            self.emit(f"at = tl.load({place}, mask=row_in, other=0).to(tl.int64)")
         if op.index != "none":
             self.emit(f"at = tl.where(at < 0, at + {op.cache_length}, at)  # from the end, as in torch")
         self.emit(f"held = row_in & (at >= 0) & (at < {op.cache_length})")
@@ -232,7 +235,10 @@ def emit(op: RopeCache, builder: Builder, site: Site) -> tuple[Node, ...]:
         return tuple(found[d] for d in (SWAPPED if swapped else range(4)))
 
     places = {name: strides(name) for name in ("q", "k", "v", "cos", "sin", "keys", "values", "out")}
-    reading = Reading(**places, halves=width * 2 == (op.rotary or op.head_dim))
+    index = ()
+    if op.index in ("indices", "sequences"):
+        index = (*(() if op.index == "sequences" else (0,)), *map(int, values["index"].stride()), 0)[:2]
+    reading = Reading(**places, halves=width * 2 == (op.rotary or op.head_dim), index=index)
     blocks = -(-op.batch * op.length // tokens(op))
     done = builder.triton(
         load_kernel(write(op, reading), NAME), (blocks * (op.heads + 2 * op.kv_heads),), nodes,
