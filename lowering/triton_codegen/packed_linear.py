@@ -14,11 +14,12 @@ import torch
 from ...candidates import Candidate, Unavailable
 from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
-from ...fused import MatmulFamily, PerGroup, Site
+from ...fused import MatmulGroup, PerGroup, Site
 from ...machine import Machine
 from ...splice import load_kernel
-from . import packed_predict, predict
+from . import packed_direct, packed_predict, predict
 from .matmul import Matmuls, interpreted, rows_of
+from .packed_direct_source import PackedDirect
 from .packed_gemv_source import PackedGemv
 from .packed_source import PackedSwap
 from .packed_split_source import PackedSplit
@@ -51,15 +52,14 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate] | Unavailable:
     if isinstance(m, int) and m <= packed_predict.GEMV_ROWS and _for_gemv(op):
         found += [_gemv_candidate(op, machine, plan) for plan in packed_predict.gemv_plans(op)]
     limited = _few_rows_only(op)
-    if limited:
-        return found or Unavailable(f"{limited}, and M is {m}")
-    assert isinstance(op, MatmulFamily)
     for limit in [m] if isinstance(m, int) else ROW_LIMITS:
         tiles = packed_predict.tiles(op, machine, limit)
         if tiles.fitting:
             found.append(_candidate(op, machine, tiles, limit))
         elif tiles.rejected:
             return Unavailable(f"no tile fits {machine.name}: {'; '.join(tiles.rejected)}")
+    if limited or isinstance(op, MatmulGroup):
+        return found or Unavailable(f"{limited}, and M is {m}")
     return found or Unavailable(packed_predict.refusal(op, m if isinstance(m, int) else 1))
 
 
@@ -70,7 +70,10 @@ def _few_rows_only(op: Matmuls) -> str:
         return f"Q8_1 activations are multiplied with Q4_0 weights for {few}"
     if op.whole.norm is not None:
         return f"a norm is folded in front of packed weights for {few}, which are in registers anyway"
-    return f"packed weights of one input share a launch for {few}" if len(op.parts) > 1 else ""
+    if len(op.parts) > 1:
+        more = f"{packed_direct.MOST_ROWS} in Q4_0 with its scales apart and K a multiple of {packed_direct.STEP}"
+        return f"packed weights of one input share a launch for {few}, or {more}"
+    return ""
 
 
 def _for_gemv(op: Matmuls) -> bool:
@@ -119,17 +122,18 @@ def _refusal(op: Matmuls, machine: Machine) -> str | None:
     return next(filter(None, (unsupported(part.epilogue) for part in op.parts)), None)
 
 
-def _candidate(op: MatmulFamily, machine: Machine, tiles: packed_predict.Tiles, limit: int) -> Candidate:
+def _candidate(op: Matmuls, machine: Machine, tiles: packed_predict.Tiles, limit: int) -> Candidate:
     m = amount(op.m)
     traffic = matmul_traffic(op)
     seconds, plan = tiles.fitting[0]
+    blocks = packed_direct.columns(op, plan) * plan.splits * (math.ceil(limit / plan.rows) if plan.tiled else 1)
     if not isinstance(m, int):  # over few rows the weights dominate
         moved = sympy.sympify(traffic.bytes_read + traffic.bytes_written)
         seconds = seconds + (moved - moved.subs(m, limit)) / machine.memory_bandwidth
     details = (
         ("numerics", "16-bit activations"), ("rows", plan.rows), ("block_n", plan.block_n), ("block_k", plan.block_k),
         ("num_warps", plan.num_warps), ("num_stages", plan.num_stages),
-        ("blocks", plan.programs(limit, int(op.n))), ("rejected tiles", "; ".join(tiles.rejected) or "none"),
+        ("blocks", blocks), ("rejected tiles", "; ".join(tiles.rejected) or "none"),
         *_layout(op),
     )  # fmt: skip
     return Candidate(
@@ -174,18 +178,22 @@ def _layout(op: Matmuls) -> tuple[tuple[str, str], ...]:
     return (("layout", UNALIGNED),) if unaligned else ()
 
 
-def emit(op: MatmulFamily, plan: Plan, native: bool, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
-    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`."""
-    writer = PackedSplit if plan.kind == "split" else PackedSwap
-    source = writer(op, plan, facts(op, plan), native=native).write()
-    x_stride, x = rows_of(builder, site.operands[0], int(op.k))
+def emit(op: Matmuls, plan: Plan, native: bool, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
+    """Adds the kernel of `plan` to the graph; returns the node in the shape of `site.output`, or one for each of
+    several results."""
+    k, known = int(op.whole.k), facts(op, plan)
+    if plan.kind == "direct" or isinstance(op, MatmulGroup):
+        source = PackedDirect(op, plan, known, native=native).write()
+        x_stride, x = _aligned_rows(builder, site.operands[0], k, 8)
+    else:
+        source = (PackedSplit if plan.kind == "split" else PackedSwap)(op, plan, known, native=native).write()
+        x_stride, x = rows_of(builder, site.operands[0], k)
     constants = {
-        "x_stride": x_stride, "N": int(op.n), "K": int(op.k), "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k,
+        "x_stride": x_stride, "N": int(op.whole.n), "K": k, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k,
     }  # fmt: skip
     rows = {"M": op.m} if source.runtime_m else {}
-    columns = math.ceil(int(op.n) / plan.block_n)
     tiles = builder.ceil_div(op.m, plan.rows) if plan.kind == "tile" else 1
-    programs = columns * plan.splits
+    programs = packed_direct.columns(op, plan) * plan.splits
     grid = tiles * programs if isinstance(tiles, int) else builder.call(operator.mul, tiles, programs)
     return _launched(op, plan, source, grid, x, {**rows, **constants}, builder, site)
 
@@ -212,7 +220,7 @@ def _launched(
         operands.append(_aligned(builder, read) if stored or name.startswith("norm_") else read)
     written = ["partial"] if plan.splits > 1 else []
     if plan.splits > 1:
-        blocks, device = int(op.whole.n) // plan.block_n, values[0].device
+        blocks, device = packed_direct.columns(op, plan), values[0].device
         sums = blocks * plan.splits * op.whole.weights * plan.rows * plan.block_n
         counters = builder.zeros(max(blocks, predict.ARRIVALS), torch.int32, device)
         operands += [builder.empty([sums], torch.float32, device), counters]

@@ -25,6 +25,7 @@ from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
 from ...fused import MatmulFamily, MatmulGroup, PerGroup
 from ...machine import TABLE, Machine
+from . import packed_direct
 from .plans import Plan
 from .predict import power_of_two
 from .shared_memory import within
@@ -56,15 +57,20 @@ class Tiles:
     rejected: tuple[str, ...]
 
 
-def tiles(op: MatmulFamily, machine: Machine, rows: int) -> Tiles:
+def tiles(op: Matmuls, machine: Machine, rows: int) -> Tiles:
     """The tiles for up to `rows` rows of x on a machine."""
     wanted = ((plan.label, shared_memory(op, plan), plan) for plan in plans(op, rows))
     fitting, rejected = within(machine.shared_memory, wanted)
-    timed = [(seconds(op, plan, machine, rows), plan) for plan in fitting]
-    return Tiles(tuple(sorted(timed, key=lambda pair: pair[0])), tuple(rejected))
+    timed = ((seconds(op, plan, machine, rows), plan) for plan in fitting)
+    known = (pair for pair in timed if pair[0] < math.inf)
+    return Tiles(tuple(sorted(known, key=lambda pair: pair[0])), tuple(rejected))
 
 
-def plans(op: MatmulFamily, rows: int) -> list[Plan]:
+def plans(op: Matmuls, rows: int) -> list[Plan]:
+    """What may be launched for up to `rows` rows; for several linears of one input, only what shares no memory."""
+    direct = packed_direct.plans(op, rows)
+    if isinstance(op, MatmulGroup) or op.norm is not None or op.q8_activations:
+        return direct
     if rows > MOST_ROWS:
         return [] if _untiled(op) else [TILE]
     padded = max(8 if op.packed[0].order == "halves" else 16, power_of_two(rows))
@@ -76,7 +82,7 @@ def plans(op: MatmulFamily, rows: int) -> list[Plan]:
         whole = int(op.k) % block_k == 0 and all(block_k % g == 0 or g % block_k == 0 for g in groups)
         if whole:
             found.append(Plan("swap", padded, block_n, block_k, 2 if block_n < 64 else 4, stages))
-    return found + _split_plans(op, padded)
+    return found + _split_plans(op, padded) + direct
 
 
 def _split_plans(op: MatmulFamily, padded: int) -> list[Plan]:
@@ -131,15 +137,19 @@ def gemv_programs(op: Matmuls, plan: Plan, machine: Machine) -> int:
     return min(int(op.whole.n) // plan.block_n, places) * plan.splits
 
 
-def shared_memory(op: MatmulFamily, plan: Plan) -> int:
+def shared_memory(op: Matmuls, plan: Plan) -> int:
     """Upper estimate: every stage holds the codes, their scales and zeros, and the tile of x."""
+    if plan.kind == "direct" or isinstance(op, MatmulGroup):
+        return packed_direct.shared_memory(op, plan)
     x = plan.rows * plan.block_k * op.dtype.itemsize
     stored = sum(p.bytes_per_weight for p in op.packed)
     return math.ceil(plan.num_stages * (plan.block_n * plan.block_k * stored + x)) + 1024
 
 
-def seconds(op: MatmulFamily, plan: Plan, machine: Machine, rows: int) -> float:
+def seconds(op: Matmuls, plan: Plan, machine: Machine, rows: int) -> float:
     """Predicted time of one launch of a tiled kernel."""
+    if plan.kind == "direct" or isinstance(op, MatmulGroup):
+        return packed_direct.seconds(op, plan, machine, constants()["direct"])
     if plan.kind == "tile":
         return _tile_seconds(op, plan, machine, rows)
     if plan.kind == "split":
@@ -166,8 +176,9 @@ def _split_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:
     steps = math.ceil(programs / machine.num_sms) * (int(op.k) // plan.block_k // plan.splits)
     slower = TABLE["h200"].memory_bandwidth / machine.memory_bandwidth
     walk = steps * known["step"][f"{plan.rows}x{plan.block_k}"] * slower
-    # two on a multiprocessor hide each other's waiting
-    walk *= known["alone"] if programs < known["together"] * machine.num_sms else 1.0
+    # few on a multiprocessor do not hide each other's waiting
+    waiting = known["waiting"][f"{plan.rows}x{plan.block_k}"].items()
+    walk *= next((slower for few, slower in waiting if programs < float(few) * machine.num_sms), 1.0)
     gathering = known["gather"] * plan.splits if plan.splits > 1 else 0.0
     return float(machine.launch_overhead + known["start"] + gathering + (rounds - 1) * known["round"] + walk)
 

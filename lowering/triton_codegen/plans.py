@@ -43,7 +43,7 @@ class Plan:
     """One division of the work. Block sizes, warps and stages reach the kernel as constexprs or launch options, so
     plans that agree in the others (and divide N and K alike) share one source text."""
 
-    kind: Literal["gemv", "swap", "sliced", "split", "tile", "shared"]
+    kind: Literal["gemv", "swap", "sliced", "split", "tile", "shared", "direct"]
     rows: int  # of x in one program
     block_n: int
     block_k: int
@@ -51,7 +51,7 @@ class Plan:
     num_stages: int = 1
     lanes: int = 1  # gemv: neighbouring elements of K summed inside a thread at every step
     group: int = 1  # tile: so many tiles along M follow each other with the same weights
-    slices: int = 1  # sliced: pieces of K that are walked side by side
+    slices: int = 1  # sliced: pieces of K that are walked side by side; direct: that are asked for ahead
     splits: int = 1  # split: blocks that share K
     blocks: int = 0  # shared: of the launch
     gram: bool = False  # swap: an RMSNorm's Σ x² is the diagonal of x·xᵀ, taken from the matrix unit
