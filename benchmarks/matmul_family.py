@@ -42,7 +42,8 @@ from .matmul_kernels import SWIGLU, Variant, compiled, launcher
 SHAPES = {"1B": (2048, 8192), "8B": (4096, 14336), "70B/8": (8192, 3584)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 REGRET = 1.05
-PLAUSIBLE = 1.3  # of the fastest predicted
+PLAUSIBLE = 1.3  # of the fastest predicted of a form: with the norm folded in, or without
+CLOSE = 1.15  # of the fastest of both
 ROUNDS = 15
 
 
@@ -153,7 +154,7 @@ def contenders(point: Point, most: int) -> list[tuple[bool, Plan]]:
         plans = matmul.plausible_plans(op, here, point.m, within=PLAUSIBLE)[:most]
         timed += [(Variant(op, plan).predicted() * 1e-6 + (0.0 if norm else before), norm, plan) for plan in plans]
     least = min((seconds for seconds, _, _ in timed), default=0.0)
-    return [(norm, plan) for seconds, norm, plan in timed if seconds <= PLAUSIBLE * least]
+    return [(norm, plan) for seconds, norm, plan in timed if seconds <= CLOSE * least]
 
 
 def prepared(

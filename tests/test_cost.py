@@ -93,6 +93,14 @@ def test_attention_under_inductor_on_a_cpu(dtype: torch.dtype, s: int, measured:
 
 
 @pytest.mark.parametrize(
+    ("k", "n", "m", "us"),
+    [(8192, 2048, 256, 20.5), (2048, 2048, 256, 6.6), (4096, 4096, 192, 17.2), (14336, 4096, 256, 48.6)],
+)
+def test_a_library_that_splits_k_reads_small_tiles_and_leaves_sums(k: int, n: int, m: int, us: float) -> None:
+    assert library_matmul_seconds(m, n, k, BF16, H200) * 1e6 == pytest.approx(us, rel=0.15)
+
+
+@pytest.mark.parametrize(
     ("k", "n", "m", "measured"),
     [(4096, 4096, 1, 13.7), (4096, 4096, 16, 14.1), (4096, 4096, 64, 13.7), (14336, 4096, 1, 32.0),
      (14336, 4096, 16, 33.5), (14336, 4096, 64, 37.1), (8192, 2048, 1, 14.3), (8192, 2048, 16, 14.5),

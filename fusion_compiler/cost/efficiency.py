@@ -39,7 +39,8 @@ class LibraryMatmul:
 
     `overlap`: the part of the shorter of arithmetic and memory time that hides behind the longer. `latency`: seconds
     before memory is drawn at full rate, and after. `split_seconds`: what splitting K among the units costs that too few
-    tiles would leave idle; 0 where the library does not split.
+    tiles would leave idle; 0 where the library does not split. At fractions of the L2's bandwidth, `sums` of parts of K
+    are written and read, and tiles read `operands`, which neighbours share (0: no limit).
     """
 
     memory: float
@@ -50,6 +51,8 @@ class LibraryMatmul:
     tiles: tuple[tuple[int, int, float], ...]
     latency: float = 0.0
     split_seconds: float = 0.0
+    sums: float = 1.0
+    operands: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def _load(name: str) -> Efficiency:
             tuple((rows, columns, fraction) for rows, columns, fraction in matmul["tiles"]),
             matmul.get("latency", 0.0),
             matmul.get("split_seconds", 0.0),
+            matmul.get("sums", 1.0),
+            matmul.get("operands", 0.0),
         ),
         pointwise=Loop(**raw["pointwise"]),
         reduction=Loop(**raw["reduction"]),

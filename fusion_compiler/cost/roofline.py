@@ -27,6 +27,7 @@ from .efficiency import AttentionKernel, efficiency
 SATURATING_SMS = 0.5
 # Fewer tiles than this fraction of the SMs, and the vendor's GEMM splits K.
 BUSY_SMS = 0.75
+SPLIT_SMS = 0.6  # fewer even: the parts of K are added up by themselves
 FLOAT32_BYTES = 4
 
 
@@ -129,15 +130,19 @@ def library_matmul_seconds(
     times = []
     for tile_m, tile_n, fraction in found.tiles:
         rows = minimum(tile_m, maximum(16, 16 * ceil_div(m, 16)))
+        blocks = batch * ceil_div(m, rows) * ceil_div(n, tile_n)
+        waves = blocks / machine.num_sms
         tile_seconds = 2 * rows * tile_n * k / (reached * fraction / machine.num_sms)
-        waves = batch * ceil_div(m, rows) * ceil_div(n, tile_n) / machine.num_sms
+        if found.operands:
+            # long sums over small tiles read far more than they multiply; what each operand is read first, memory gives
+            again = dtype.itemsize * k * (rows + tile_n - batch * (m + n) / maximum(1, blocks))
+            tile_seconds = maximum(tile_seconds, again * machine.num_sms / (machine.l2_bandwidth * found.operands))
         times.append(maximum(1, (waves + ceil_div(waves, 1)) / 2) * tile_seconds)
         if found.split_seconds:
             # where K is split, as many blocks as there are units leave their sums in L2, to be read again
-            sums = 2 * FLOAT32_BYTES * rows * tile_n * machine.num_sms / machine.l2_bandwidth
-            times.append(
-                where(greater(1, waves), waves, waves + 1) * tile_seconds + where(greater(0.5, waves), sums, 0.0)
-            )
+            moved = 2 * FLOAT32_BYTES * rows * tile_n * machine.num_sms
+            sums = where(greater(SPLIT_SMS, waves), moved / (machine.l2_bandwidth * found.sums), 0.0)
+            times.append(where(greater(1, waves), waves, waves + 1) * tile_seconds + sums)
     if found.tiles and found.split_seconds:
         # the last tile is the smallest: where even that is too large to keep the units busy, K is split
         memory = memory + where(greater(BUSY_SMS, waves), found.split_seconds, 0.0)
