@@ -73,7 +73,7 @@ def _put(node: Node) -> Write | None:
     if accumulate or len(indices) <= POSITIONS or indices[POSITIONS] is None:
         return None
     if len(at) == 2 and indices[0] is not None:
-        return _put_by_sequence(node, cache, *at, rows)
+        return _put_by_sequence(node, cache, indices[0], indices[POSITIONS], rows)
     if len(at) != 1:
         return None
     fits = isinstance(rows, Node) and len(shape_of(rows)) == 4 and shape_of(at[0]) == shape_of(rows)[2:3]
