@@ -5,7 +5,8 @@ while its results are still on their way to memory, and wait there: 0.1 to 0.5 Â
 Nothing may be read or written before the wait.
 
 A small kernel leaves most of the device idle: behind its own wait it lets the next kernel's blocks take their places
-while it runs. They wait for all that it writes, and all in front of it has ended by then.
+while it runs. They wait for all that it writes, and all in front of it has ended by then. So what comes from outside of
+the graph may be read before that wait (`late`), which then stands where the small kernel's results are read.
 
 The wait is written as an assembly that returns zero, which is added to every pointer, and to a coordinate of all that
 is loaded through a descriptor. So data and not order keeps each access behind it, and the assembly need not have side
@@ -35,6 +36,11 @@ def supported(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available() or triton.knobs.runtime.interpret:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def late(loop: str) -> str:
+    """A zero to add to a pointer or coordinate: what is read there in a step of the loop over `loop` waits."""
+    return f'tl.inline_asm_elementwise("{WAIT} mov.u32 $0, 0;", "=r,r", [{loop}], tl.int32, True, 1) * {ALIGNED}'
 
 
 def waiting(kernel: Any, pointers: Sequence[str], described: Collection[str] = (), lets: bool = False) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
+from ... import dependent_launch
 from ...candidates import Candidate, Unavailable
 from ...cost.amounts import amount
 from ...cost.roofline import matmul_traffic
@@ -33,6 +34,7 @@ Matmuls = MatmulFamily | MatmulGroup
 # where M is symbolic, the plans that are best for so many rows are offered: for any number if tiled, else up to so many
 ROW_LIMITS = (4, 16, 32, 64, 128, 512, 4096)
 ACTIVATED_ROWS = 16  # beyond, an activation is computed once, by a kernel of its own
+WEIGHTS_FIRST = ("swap", "sliced", "tile")  # kinds that can wait for x in the loop
 PLAUSIBLE = 4  # plans worth a measurement
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -191,8 +193,9 @@ def programs(op: Matmuls, plan: Plan) -> int:
     return sum(plan.programs(int(op.m), int(part.n)) for part in op.parts)
 
 
-def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
-    """Adds the kernel of `plan` to the graph; returns what takes the place of the output, or of each of several."""
+def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site, *, behind: bool = False) -> Node | tuple[Node, ...]:
+    """Adds the kernel of `plan` to the graph; returns what takes the place of the output, or of each of several.
+    `behind`: x is written by a kernel that lets this one in."""
     known = facts(op, plan, float32_precision())
     values = [output.meta["val"] for output in site.outputs]
     outs = [builder.empty(list(v.shape), p.out_dtype, v.device) for v, p in zip(values, op.parts, strict=True)]
@@ -201,6 +204,10 @@ def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[
         inputs = _inputs(op.whole, builder, operands)
         operands[: op.whole.head] = [node for _, node in inputs]
         known = dataclasses.replace(known, input_strides=tuple(stride for stride, _ in inputs))
+    if behind and plan.kind in WEIGHTS_FIRST and dependent_launch.supported(values[0].device):
+        # nothing in this graph writes what comes from outside, and all that ran before has ended
+        outside = all(node.op in ("placeholder", "get_attr") for node in operands[1:])
+        known = dataclasses.replace(known, weights_first=outside)
     source = write(op, plan, known)
     workspace = _workspace(op, plan, builder, values[0].device)
     arguments: dict[str, Any] = dict(zip(source.tensors, [*operands, *workspace, *outs], strict=True))
@@ -215,6 +222,7 @@ def emit(op: Matmuls, plan: Plan, builder: Builder, site: Site) -> Node | tuple[
     launched = builder.triton(
         load_kernel(source.text, source.name), [blocks], arguments, written,
         num_warps=plan.num_warps, num_stages=plan.num_stages, blocks=dict(source.blocks),
+        waits=not known.weights_first,
     )  # fmt: skip
     made = tuple(launched[name] for name in source.outputs)
     return made if len(made) > 1 else made[0]

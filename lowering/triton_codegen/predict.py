@@ -25,6 +25,7 @@ import sympy
 import torch
 
 from ...candidates import MARGIN
+from ...cost.amounts import amount
 from ...cost.efficiency import dtype_name, efficiency
 from ...fused import MatmulFamily, MatmulGroup
 from ...machine import Machine
@@ -34,7 +35,6 @@ from .plans import Plan
 from .writer import norm_mode, statistics_block
 
 SMALL_SHARED_MEMORY = 100 * 1024  # below, two pipeline stages are worth a thought
-SHORT_ROW = 256  # bytes of one row of a weight that a step reads at once
 MOST_ROWS = 64  # beyond, a block no longer holds all rows of x
 SLICED_ROWS = 32  # beyond, every block reads more of x than of the weights
 SLICES = 4  # 8 were never better
@@ -77,8 +77,8 @@ class Constants:
     """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `gather`: seconds for each sum
     that the last of the blocks that share K adds up; `zeroing`: for the zeros that such kernels of a graph count in;
     `norm`: for that of a norm's own kernel which the next one's launch does not hide.
-    `errors` tells, by kind of plan, by how much its gain over Inductor was less than predicted: measured on `machine`,
-    in `dtype`, with two weights that share an input."""
+    `errors` tells, by the number of weights and the kind of plan, by how much its gain over Inductor was less than
+    predicted: measured on `machine`, in `dtype`, with one weight for up to MOST_ROWS rows."""
 
     reached: float
     gather: float
@@ -87,7 +87,7 @@ class Constants:
     kinds: dict[str, KindConstants]
     machine: str
     dtype: str
-    errors: dict[str, float]
+    errors: dict[str, dict[str, float]]
 
 
 @functools.cache
@@ -99,13 +99,12 @@ def constants() -> Constants:
 
 def error(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine) -> float:
     """By how much a prediction may flatter the plan beside Inductor's."""
-    if plan.kind == "split" or (plan.tiled and len(op.parts) > 1):
-        return UNTRIED
-    known, whole = constants(), op.whole
+    known, whole, rows = constants(), op.whole, amount(op.m)
+    few, several = isinstance(rows, int) and rows <= MOST_ROWS, len(op.parts) > 1
+    untried = plan.kind in ("split", "shared") or (plan.tiled and several and not few)
     alike = machine.name == known.machine and dtype_name(op.dtype) == known.dtype and whole.activation is None
-    if plan.kind not in known.errors or not alike or len(op.parts) > 1 or whole.weights != 2:
-        return UNTRIED if plan.kind == "shared" else MARGIN
-    return known.errors[plan.kind]
+    measured = known.errors[str(whole.weights)] if alike and not several and (few or whole.weights == 2) else {}
+    return measured.get(plan.kind, UNTRIED if untried else MARGIN)
 
 
 def activation_flops(op: MatmulFamily, machine: Machine) -> float:
@@ -200,12 +199,19 @@ def _split_plans(op: MatmulFamily, machine: Machine, rows: int) -> Iterator[Plan
     ):
         return
     fewest, most = (share * machine.num_sms for share in SPLIT_BLOCKS)
-    for splits, stages in itertools.product(SPLITS, (3, 4)):
-        plan = Plan("split", padded, 64, 128, 4, stages, splits=splits)
+    for splits in SPLITS:
+        plan = Plan("split", padded, 64, 128, 4, 4, splits=splits)
         blocks = plan.programs(padded, int(op.n))
-        filled = stages * splits * plan.block_k <= int(op.k)
+        filled = plan.num_stages * splits * plan.block_k <= int(op.k)
         if filled and fewest <= blocks <= most and blocks <= splits * ARRIVALS:
             yield plan
+
+
+def _constants_of(op: MatmulFamily, plan: Plan) -> str:
+    if plan.kind != "swap":
+        return plan.kind
+    # without a norm, x does not pass through the registers of every block; measured for single linears
+    return f"{'wide' if plan.wide else 'narrow'}{' plain' if op.norm is None and op.weights == 1 else ''}"
 
 
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: Any) -> Any:
@@ -214,7 +220,7 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     if plan.tiled:
         return tiles.seconds(op, plan, machine, moved, rows)
     known = constants()
-    kind = known.kinds[plan.kind if plan.kind != "swap" else "wide" if plan.wide else "narrow"]
+    kind = known.kinds[_constants_of(op, plan)]
     threads = 32 * plan.num_warps
     blocks = plan.programs(plan.rows, int(op.n))
     steps = plan.part_of(int(op.k)) // plan.step_k
@@ -228,8 +234,10 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     # library its place until somebody measures
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
     per_product = 8 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
-    element = kind.x_element
-    if op.norm is not None and op.norm.kind == "layer" and norm_mode(op, plan) == "folded":
+    element, gram = kind.x_element, plan.gram and plan.rows == CORRECTED_ROWS
+    # the diagonal of as many rows as a tile may have takes a step about as long as a mean does: n32k256, K = 4096, was
+    # measured at 16.8 µs and 13.1 with a LayerNorm
+    if op.norm is not None and norm_mode(op, plan) == "folded" and (op.norm.kind == "layer" or gram):
         element += kind.correction
     work = per_sm * steps * (element * plan.rows * plan.step_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
@@ -240,7 +248,7 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
         start += known.gather * plan.splits * plan.block_n * plan.rows
     if norm_mode(op, plan) == "first":
         start += kind.statistics * math.ceil(int(op.k) / statistics_block(op, plan))
-    short = kind.short if plan.step_k * op.dtype.itemsize < SHORT_ROW else 0.0
+    short = kind.short if plan.step_k * op.dtype.itemsize < tiles.SHORT_ROW else 0.0
     memory = moved * (1 + short) / (machine.memory_bandwidth * known.reached)
     if isinstance(memory, sympy.Expr):
         # the 4-norm of a symbolic amount would be slow to solve for crossovers; over few rows the weights dominate

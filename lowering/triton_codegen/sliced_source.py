@@ -29,8 +29,7 @@ class Sliced(Swap):
         self.emit(f"k = start + {pieces} + tl.arange(0, BLOCK_K)[None, :]")
         if not self.known.even_k:
             self.emit("k_in = k < K")
-        self.load_y()
-        self.load_weights()
+        self.load_operands()
         for i in range(self.op.weights):
             self.emit(f"acc{i} = tl.dot(w{i}_tile, tl.permute(y, (0, 2, 1)), acc{i})")
 

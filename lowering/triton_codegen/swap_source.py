@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...dependent_launch import late
 from .pointwise import TYPES, literal, print_pointwise
 from .writer import THIN, Writer, mask_argument, statistics_block
 
@@ -48,6 +49,7 @@ class Swap(Writer):
 
     def x(self, k: str, *bounds: str, tensor: str = "x", stride: str = "x_stride") -> str:
         inside = [*([] if self.all_rows else [f"m_in{self.outer}"]), *bounds]
+        tensor += " + late" if self.known.weights_first else ""
         return f"tl.load({tensor} + m{self.outer} * {stride} + {k}{self.inner}{mask_argument(inside)})"
 
     @property
@@ -92,6 +94,17 @@ class Swap(Writer):
         else:
             self.emit(f"y = {self.x('k', *bounds)}")
 
+    def load_operands(self) -> None:
+        if self.known.weights_first:
+            self.load_weights()
+            self.emit(f"late = {late('start')}")
+            self.load_y()
+        else:
+            # x first: its way to the matrix unit is the longer one
+            self.load_y()
+            self.load_norm()
+            self.load_weights()
+
     def statistics(self) -> None:
         norm, rows = self.op.norm, self.plan.rows
         assert norm is not None
@@ -133,10 +146,7 @@ class Swap(Writer):
         self.emit("k = start + tl.arange(0, BLOCK_K)")
         if not self.known.even_k:
             self.emit("k_in = k < K")
-        # x first: its way to the matrix unit is the longer one
-        self.load_y()
-        self.load_norm()
-        self.load_weights()
+        self.load_operands()
         weight = norm is not None and norm.has_weight
         if self.mode == "folded":
             if self.corrects:

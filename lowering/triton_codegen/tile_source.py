@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ...dependent_launch import late
 from .pointwise import literal, print_pointwise
 from .writer import Writer, mask_argument
 
@@ -78,7 +79,12 @@ class Tile(Writer):
 
     def step(self) -> None:
         norm = self.op.norm
-        self.emit("y = x.load([first_m, start])")
+        weights = [f"w{self.reading + i}.load({self.place(i)})" for i in range(self.op.weights)]
+        if self.known.weights_first:
+            self.emit(*(f"tile{i} = {weight}" for i, weight in enumerate(weights)))
+            weights = [f"tile{i}" for i in range(self.op.weights)]
+            self.emit(f"late = {late('start')}")
+        self.emit(f"y = x.load([{'late + ' if self.known.weights_first else ''}first_m, start])")
         if self.mode == "folded":
             square = "y.to(tl.float32) * y.to(tl.float32)"
             self.emit(f"squares += tl.sum(tl.reshape({square}, ({self.plan.rows}, BLOCK_K // 8, 8)), 2)")
@@ -88,12 +94,16 @@ class Tile(Writer):
             product = f"y.to(tl.float32) * (g.to(tl.float32) + {literal(norm.offset)})[None, :]"
             self.emit(f"y = ({product}).to(y.dtype)" if norm.offset else "y = y * g[None, :]")
         precision = f', input_precision="{self.known.input_precision}"' if self.op.dtype == torch.float32 else ""
-        for i in range(self.op.weights):
-            # features that lie apart are the rows of a view, which the descriptor is of
-            feature = self.op.features[i] if self.op.features and self.op.feature_step == 1 else 0
-            n = f"first_n + {feature}" if feature else "first_n"
-            at, turned = (f"[start, {n}]", "") if self.op.weight_is_kn else (f"[{n}, start]", ".T")
-            self.emit(f"acc{i} = tl.dot(y, w{self.reading + i}.load({at}){turned}, acc{i}{precision})")
+        turned = "" if self.op.weight_is_kn else ".T"
+        for i, weight in enumerate(weights):
+            self.emit(f"acc{i} = tl.dot(y, {weight}{turned}, acc{i}{precision})")
+
+    def place(self, i: int) -> str:
+        """Where the tile of the i-th weight begins."""
+        # features that lie apart are the rows of a view, which the descriptor is of
+        feature = self.op.features[i] if self.op.features and self.op.feature_step == 1 else 0
+        n = f"first_n + {feature}" if feature else "first_n"
+        return f"[start, {n}]" if self.op.weight_is_kn else f"[{n}, start]"
 
     def finish(self) -> None:
         if self.mode == "folded":

@@ -37,6 +37,7 @@ LEAST_ROWS = 17  # for fewer, plans that hold all rows are always better
 FOLDED_ROWS = 64  # of one tile
 ACCUMULATORS = 128  # registers of a thread for the products; more leave too few for the rest
 MOST_PIECES = 4  # of tiles whose ends one block computes for others: with more, less is gained than they cost
+SHORT_ROW = 256  # bytes of one row of a weight that a step reads at once
 DESCRIPTOR_STEP = 16  # bytes: rows of a matrix that a descriptor holds lie multiples of it apart
 
 
@@ -46,8 +47,9 @@ class TileConstants:
     memory, `x_element` of an SM per element of x that a folded norm handles, `x_chain` until a block goes on, `sum` per
     sum that one block leaves for another. Fractions of the machine's rates that steady tiles reach: `compute` of its
     matrix units', by rows, columns and warps of a tile, on an SM by itself, `sustained` on all of them together,
-    `memory` of its (copy) bandwidth. Where tiles reach beyond the last row, the copy engine fills in what is not there
-    slower than it loads: `empty` for a byte of an SM's share."""
+    `memory` of its (copy) bandwidth; rows of less than SHORT_ROW bytes cost `short` of that time on top. Where tiles
+    reach beyond the last row, the copy engine fills in what is not there slower than it loads: `empty` for a byte of an
+    SM's share."""
 
     start: float
     fill: float
@@ -58,6 +60,7 @@ class TileConstants:
     x_chain: float
     compute: Mapping[tuple[int, int, int], float]
     memory: float
+    short: float
     empty: float
 
 
@@ -118,7 +121,8 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, m: Any) 
     """Predicted time for `m` rows (a number or sympy) where the kernel moves `moved` bytes."""
     known = constants()
     again = op.weights * int(op.n) * int(op.k) * op.dtype.itemsize * (ceil_div(m, plan.rows * plan.group) - 1)
-    memory = (moved + again) / (machine.memory_bandwidth * known.memory)
+    short = known.short if plan.block_k * op.dtype.itemsize < SHORT_ROW else 0.0
+    memory = (moved + again) * (1 + short) / (machine.memory_bandwidth * known.memory)
     outside = (ceil_div(m, plan.rows) * plan.rows - m) * int(op.k) * math.ceil(int(op.n) / plan.block_n)
     filled = known.empty * op.dtype.itemsize * outside / machine.num_sms
     walk, tiles, sums = _longest(op, plan, machine, m)

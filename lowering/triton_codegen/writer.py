@@ -45,6 +45,7 @@ class Facts:
     wide_output: bool
     input_precision: str  # of a float32 dot
     input_strides: tuple[int, ...] = ()  # elements between rows of the inputs of an activation
+    weights_first: bool = False  # x is still being written by the kernel in front: see `dependent_launch.late`
 
 
 def norm_mode(op: MatmulFamily, plan: Plan) -> Literal["none", "folded", "first"]:
