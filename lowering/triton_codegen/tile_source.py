@@ -50,7 +50,7 @@ class Tile(Writer):
         )
         if self.several:
             self.emit("block = within // size")
-            self.choose_part()
+            self.part_of_block()
             self.emit("first_n = (block - first) * BLOCK_N")
         else:
             self.emit("first_n = within // size * BLOCK_N")

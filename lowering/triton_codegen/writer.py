@@ -199,14 +199,14 @@ class Writer(Parts):
     def indices(self) -> None:
         if self.several:
             self.emit(f"block = {self.block}")
-            self.choose_part(weight=True)
+            self.part_of_block(weight=True)
             self.emit("n = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)")
         else:
             self.emit(f"n = {self.block} * BLOCK_N + tl.arange(0, BLOCK_N)")
         if not self.known.even_n:
             self.emit(f"n_in = n < {'width' if self.several else 'N'}")
 
-    def choose_part(self, weight: bool = False) -> None:
+    def part_of_block(self, weight: bool = False) -> None:
         """Which part `block` belongs to, its first block and its width, and the pointer to its weight."""
         names = "w, part, first, width" if weight else "part, first, width"
         before: list[str] = []
