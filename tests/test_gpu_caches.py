@@ -65,6 +65,36 @@ def test_gathered_pages(spelling: Paged, size: int) -> None:
         assert dict(decision.details)["pages"] == size
 
 
+@pytest.mark.parametrize("queries", [2, 5])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_several_queries_against_pages(dtype: torch.dtype, queries: int) -> None:
+    held = [t.nan_to_num().cuda() for t in paged.caches(16, False, dtype, [77, 3, 33, 96])]
+    given = torch.randn(paged.B, paged.H, queries, paged.D).to(dtype).cuda(), *held
+    wide = (*(t.double() for t in given[:3]), *given[3:])
+    with torch.no_grad():
+        agree(through(paged.last_queries)(*given), paged.last_queries(*given), paged.last_queries(*wide))
+    [decision] = [d for d in fc.last_report().fused if d.pattern == "attention"]
+    assert dict(decision.details)["pages"] == 16
+
+
+@pytest.mark.usefixtures("meeting_for_nothing")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_scales_of_tokens_in_pages(dtype: torch.dtype) -> None:
+    keys, values, *places = paged.caches(16, False, torch.float32, [77, 1, 33, 96])
+    codes = ((t.nan_to_num() * 30).round().to(torch.int8) for t in (keys, values))
+    shape = (paged.BLOCKS, 16, paged.HK, 1)
+    scales = ((torch.rand(shape) + 0.5).div(60).to(dtype) for _ in "kv")
+    zeros = (torch.rand(shape) * 10).round().to(dtype)
+    q = torch.randn(paged.B, paged.H, 1, paged.D).to(dtype)
+    given = [t.cuda() for t in (q, *codes, *places, *scales, zeros)]
+    wide = (t.double() if t.dtype == dtype else t for t in given)
+    run = paged.by_token(True)
+    with torch.no_grad():
+        agree(through(run)(*given), run(*given), run(*wide))
+    [decision] = [d for d in fc.last_report().fused if d.pattern == "attention"]
+    assert dict(decision.details)["pages"] == 16 and "int8" in dict(decision.details)["codes"]
+
+
 @pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_paged_attention(dtype: torch.dtype, heads_first: bool) -> None:

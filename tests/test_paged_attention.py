@@ -82,8 +82,8 @@ def test_spellings(spelling: Paged, size: int) -> None:
 def last_queries(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
     """The last tokens of each sequence, of which each sees what is before it; one that is not there sees nothing."""
     k, v = (t[table].flatten(1, 2).transpose(1, 2).repeat_interleave(H // HK, 1) for t in (keys, values))
-    newest = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2])
-    n = torch.arange(k.shape[2])
+    newest = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
+    n = torch.arange(k.shape[2], device=q.device)
     visible = (n <= newest[:, None, :, None]) & (n < lengths[:, None, None, None])
     scores = (q @ k.mT * D**-0.5).masked_fill(~visible, -math.inf)
     weights = torch.softmax(scores, -1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
@@ -164,7 +164,8 @@ def by_token(width: bool) -> Callable[..., Tensor]:
         ks, vs, vz = (t if width else t[..., None] for t in (ks, vs, vz))
         k, v = k.to(q.dtype) * ks.to(q.dtype), (v.to(q.dtype) - vz.to(q.dtype)) * vs.to(q.dtype)
         k, v = (t.repeat_interleave(H // HK, 1) for t in (k, v))
-        scores = (q @ k.mT * D**-0.5).masked_fill(torch.arange(k.shape[2]) >= lengths[:, None, None, None], -math.inf)
+        n = torch.arange(k.shape[2], device=q.device)
+        scores = (q @ k.mT * D**-0.5).masked_fill(n >= lengths[:, None, None, None], -math.inf)
         return torch.softmax(scores, -1) @ v
 
     return run

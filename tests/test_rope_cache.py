@@ -122,7 +122,7 @@ def put(spelling: str, cache: Tensor, rows: Tensor, position: Tensor | int) -> T
             return torch.slice_scatter(cache, rows, 2, position, position + L)
         cache[:, :, position : position + L] = rows
         return cache.clone()
-    at = (torch.arange(L) + position)[None, None, :, None].expand_as(rows)
+    at = (torch.arange(L, device=rows.device) + position)[None, None, :, None].expand_as(rows)
     return cache.scatter(2, at, rows) if spelling == "scatter" else cache.scatter_(2, at, rows).clone()
 
 
@@ -144,11 +144,11 @@ def sequences(
 ) -> tuple[Tensor, ...]:
     """Every sequence is at a position of its own, which tells its angles too."""
     q, k, v = (t.view(B, L, -1, D).transpose(1, 2) for t in (q, k, v))
-    at = index + torch.arange(L) + torch.tensor([[0], [2 - S]])
+    at = index + torch.arange(L, device=q.device) + torch.tensor([[0], [2 - S]], device=q.device)
     angles = angles[0] * at[..., None].to(angles.dtype)
     cos, sin = (torch.cat((f(angles), f(angles)), -1)[:, None].to(q.dtype) for f in (torch.cos, torch.sin))
     q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
-    batch = torch.arange(B)[:, None]
+    batch = torch.arange(B, device=q.device)[:, None]
     keys[batch, :, at], values[batch, :, at] = k.transpose(1, 2), v.transpose(1, 2)
     return q, keys.clone(), values.clone()
 
@@ -162,7 +162,7 @@ def one_each(
         torch.cat((f(angles[:B]), f(angles[:B])), -1)[:, None, None].to(q.dtype) for f in (torch.cos, torch.sin)
     )
     q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
-    at, batch = index * torch.tensor([1, 2]), torch.arange(B)
+    at, batch = index * torch.tensor([1, 2], device=q.device), torch.arange(B, device=q.device)
     keys[batch, :, at], values[batch, :, at] = k[:, :, 0], v[:, 0]
     return q, keys.clone(), values.clone()
 
