@@ -1,7 +1,7 @@
 """Predicted time of split-KV decode attention, and the plans worth predicting.
 
 seconds = start + step + ‖(memory, chain)‖₇ + ramp · (1 − 1 / steps) + (waves − 1) · wave + gather + launch
-memory  = bytes / (bandwidth · reached)
+memory  = bytes / (bandwidth · reached), longer in `narrow` tiles
 chain   = (waves · steps of a program − 1) · step: a program waits for its tiles, computes, asks for the next
 step    = base + bytes of a tile + latency of the memory, hidden by pipeline stages, + work of the programs that share
           the SM: products of rows beyond eight, or in float32 all of them, on the ordinary units
@@ -10,7 +10,8 @@ gather  = the last program of a tile waits for the others and reads what they le
 The 7-norm is a soft maximum; symbolic amounts take the maximum itself, which can be solved for crossovers. The
 constants are measured (efficiency.json, with device, date and versions) at 8 to 64 rows.
 
-Every code takes `code`, `half` or `float8` more, and where warps have keys of their own, their results `meet`.
+Every code takes `code`, `half` or `float8` more, and where warps have keys of their own, their results `meet`, the
+slower the more programs are `beside`.
 How many keys a position on the device will leave visible is not known when compiling. Plans are made for the allocated
 keys, but half of them are priced: the positions of a cache that fills up are evenly spread.
 """
@@ -33,9 +34,10 @@ from ....cost.amounts import amount, ceil_div, is_symbolic, maximum, minimum
 from ....fused import Attention, Codes, StoredAttention
 from ....machine import Machine
 from .operands import Plan, as_stored, power_of_two, query_rows, row_tiles
-from .source import by_entries, gathered
+from .source import GATHERED_SPLITS, by_entries, gathered
 
 TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the memory idle, more costs resident programs
+WIDE_TILE = 32 * 1024  # bytes that are read at the full rate
 WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
 WARPS_PER_SM = 64
 MOST_SPLITS = 128
@@ -58,6 +60,7 @@ class Constants:
     product: float  # per multiply-add of rows beyond eight
     latency: float
     wave: float
+    narrow: float  # more of the time to read in tiles of half of `WIDE_TILE`
     ramp: float  # until memory is as busy as it gets, where a program takes several steps
     reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
     ordinary_fraction: float
@@ -67,6 +70,7 @@ class Constants:
     half: float  # of four bits
     float8: float
     meet: float  # until the results of warps that have keys of their own are one
+    beside: float  # the same for every program that shares the SM
     page: float  # per step that reads an entry of the table for each key,
     entry: float  # or only one for each page
 
@@ -92,6 +96,8 @@ def plans(stored: StoredAttention, machine: Machine) -> Iterator[Plan]:
         most = min(MOST_SPLITS, -(-longest // block))
         per_sm = OWN_PER_SM if own else PER_SM
         wanted = [int(n * machine.num_sms / pairs) if own else round(n * machine.num_sms / pairs) for n in per_sm]
+        # and as many as are added up without a round for the last few
+        wanted += [n // GATHERED_SPLITS * GATHERED_SPLITS for n in wanted] if own else []
         for splits in sorted({1, *(max(1, min(most, n)) for n in wanted)}):
             yield Plan(rows, block, splits, WARPS, stages, own)
 
@@ -180,8 +186,12 @@ def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, ke
     chain = (steps - 1) * step
     moved = pairs * keys * _bytes_per_key(stored)
     memory = moved / (machine.memory_bandwidth * known.reached)
+    if not plan.own_keys:
+        memory = memory * (1 + known.narrow * max(0.0, WIDE_TILE / tile_bytes(stored, plan.block) - 1))
     total = known.start + step + _softly(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
-    total = total + known.ramp * (1 - 1 / steps) + (known.meet if plan.own_keys else 0.0)
+    total = (
+        total + known.ramp * (1 - 1 / steps) + (known.meet + known.beside * (together - 1) if plan.own_keys else 0.0)
+    )
     if plan.splits > 1:
         rows, splits = gathered(op, plan)
         rounds = ceil_div(active, splits) * math.ceil(min(plan.rows, query_rows(op)) / rows)

@@ -99,6 +99,8 @@ class _Split(Writer):
         if self.rows % plan.rows:
             self.emit(f"row_in = row < {self.rows}")
         self.query_index("kv_head")
+        if op.mask.position:
+            self.emit("position_here = tl.load(position)  # on its way while queries are")
         self.emit(f"d = tl.arange(0, {self.k.width})", f"c = tl.arange(0, {self.v.width})")
 
     def inside(self, *bounds: str) -> str:

@@ -103,7 +103,7 @@ class Writer:
         if isinstance(offset, torch.SymInt):
             offset = amount(offset)
         if mask.position:
-            return "tl.load(position).to(tl.int32)" + (f" + {int(offset)}" if offset != 0 else "")
+            return "position_here.to(tl.int32)" + (f" + {int(offset)}" if offset != 0 else "")
         if isinstance(offset, (int, sympy.Integer)):
             return str(int(offset))
         return f"{self.size('kv_len', self.op.kv_len)} + {int(sympy.expand(offset - amount(self.op.kv_len)))}"
