@@ -263,6 +263,8 @@ def judge_all(
         ranged = judgement.symbol is not None and len(judgement.choices) > 1
         span = (judgement.symbol, choice.lo, choice.hi) if ranged and judgement.symbol is not None else None
         found = Judged(judgement.decision, choice.site, choice.candidate, span)
+        if found.candidate and found.limit is not None and size_guards.implied(fake_tensors.mode_of(gm), found.limit):
+            found = dataclasses.replace(found, candidate=dataclasses.replace(found.candidate, valid=True))
         judged.append(found.serving(whole))
     return judged, ranges.notes
 

@@ -149,3 +149,15 @@ def test_a_layer_is_right_at_every_boundary_and_compiled_once_for_each_range(
     for rows in (2, *(e + more for e in edges for more in (0, 1)), 2500):
         assert right(run, layer, rows, mark), rows
     assert len(fc.reports()) - seen <= len(edges) + 1
+
+
+def test_a_kernel_of_few_rows_serves_all_sizes_that_a_mark_allows() -> None:
+    def glu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(x @ gate.T) * (x @ up.T)
+
+    x, gate, up = (torch.zeros(rows, 2048, dtype=torch.bfloat16) for rows in (8, 8192, 8192))
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=32)
+    with torch.no_grad():
+        report = fc.explain(glu, x, gate, up, machine="h200")
+    (decision,) = report.fused
+    assert "swap32" in decision.kernel and [(r.lo, r.hi) for r in decision.ranges] == [(2, 32)]

@@ -25,6 +25,14 @@ def require(mode: FakeTensorMode, condition: sympy.Basic) -> None:
         raise ValueError(f"the graph was traced with a size outside of {condition}")
 
 
+def implied(mode: FakeTensorMode, condition: sympy.Basic) -> bool:
+    """Whether a condition holds for all sizes that the graph traced under `mode` may have."""
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    shape_env = mode.shape_env
+    return shape_env is not None and bound_sympy(condition, shape_env.var_to_range).lower == sympy.true
+
+
 def promised(mode: FakeTensorMode) -> set[sympy.Symbol]:
     """The symbols for which the user named the least and the greatest size (`mark_dynamic` with `min` or `max`,
     `torch.export.Dim`): a graph that does not serve all of these is an error."""
