@@ -279,7 +279,7 @@ def _load(path: Path | None, key: Mapping[str, Any], count: int) -> list[float] 
     """The seconds stored for `key`; None where there are none, or the file is none of ours."""
     try:
         stored = json.loads(path.read_text()) if path else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(stored, dict) or stored.get("key") != key:
         return None

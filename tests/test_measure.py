@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,34 @@ def test_damaged_files_are_measured_again(damage: str, clock: Callable[..., Cloc
     file.write_text(damage)
     assert refined(None, mlp(), candidate(INDUCTOR)).decision.verdict == "fused"
     assert counting.calls == 2 and json.loads(file.read_text()) == stored
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"", b"[" * 10**5, None])
+def test_what_is_no_text_of_ours_is_measured_again(
+    damage: bytes | None, clock: Callable[..., Clock], folder: Path
+) -> None:
+    counting = clock(50e-6, made_up=49e-6)
+    refined(None, mlp(), candidate(INDUCTOR))
+    (file,) = folder.iterdir()
+    half = file.read_bytes()[: file.stat().st_size // 2]
+    file.write_bytes(half if damage is None else damage)
+    assert refined(None, mlp(), candidate(INDUCTOR)).decision.verdict == "fused" and counting.calls == 2
+
+
+def test_processes_that_write_at_once_leave_whole_files(folder: Path) -> None:
+    key, path = {"op": "mlp"}, folder / "shared.json"
+
+    def write_and_read(number: int) -> None:
+        for _ in range(100):
+            measure._store(path, key, [float(number + 1)] * 500)
+            found = measure._load(path, key, 500)
+            if found is None or len(set(found)) != 1:
+                os._exit(1)
+        os._exit(0)
+
+    children = [os.fork() or write_and_read(number) for number in range(4)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert os.listdir(folder) == ["shared.json"] and measure._load(path, {"op": "another"}, 500) is None
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(clock: Callable[..., Clock], folder: Path) -> None:
