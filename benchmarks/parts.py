@@ -30,7 +30,7 @@ COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "tr
 
 JOBS = "processes that prepare rows (default %(default)s)"
 SECONDS = "give up rows that are not prepared by then"
-LAST = 6.0  # seconds that preparing a row may take
+LAST = 10.0  # seconds that preparing a row may take
 MERGE = "read figures measured before, in as many files as there were parts, instead of measuring"
 
 

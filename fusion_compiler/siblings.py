@@ -99,7 +99,9 @@ def _linear(view: SemanticView, linear: Value) -> _Linear | None:
     for chain in chains(view, linear):
         root, output = view.value(chain.root), chain.output(view)
         families = matmul_family.build(view, root, output, chain.border) if output is not None else ""
-        if not isinstance(families, str) and not families[-1].op.features and not any(_of_rows(families[-1])):
+        if isinstance(families, str) or families[-1].op.features or families[-1].op.weights > 1:
+            continue
+        if not any(_of_rows(families[-1])):
             return _Linear(tuple(families))
     return None
 

@@ -156,6 +156,16 @@ def test_a_gated_mlp_is_no_pair_of_linears() -> None:
     assert verdicts["gated_mlp"] == "fused" and verdicts["qkv_projection"] == "kept"
 
 
+def test_a_scaled_gated_mlp_of_a_projection_is_no_linear_of_its_group() -> None:
+    def fn(x, q, k, v, gate, up):
+        q = F.linear(x, q)
+        return 0.1 * (F.silu(F.linear(q, gate)) * F.linear(q, up)), F.linear(x, k), F.linear(x, v)
+
+    weights = (torch.randn(n, 256) for n in (256, 64, 64, 512, 512))
+    verdicts = _explained(fn, torch.randn(4, 256), *weights)
+    assert verdicts["qkv_projection"] == "fused" and "linear_epilogue" in verdicts
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_sum_that_a_norm_reads_saves_no_kernel(normed: bool) -> None:
     """Inductor adds in the norm's kernel; fused with the linear, the norm is a kernel all the same."""
