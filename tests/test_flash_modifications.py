@@ -271,6 +271,21 @@ def test_lists_of_a_mask_that_reads_nothing() -> None:
     check(fn, *heads(1, 2, 2, LENGTH, LENGTH, 16), plan=LISTED)
 
 
+@pytest.mark.parametrize("fills_last", [False, True])
+def test_what_is_added_may_be_infinite_where_a_finite_number_hides(fills_last: bool) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, seen: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.25 + bias
+        return (
+            torch.softmax(
+                scores.masked_fill(~seen, LEAST) if fills_last else scores + torch.where(seen, 0.0, LEAST), -1
+            )
+            @ v
+        )
+
+    seen = unknown(2, 1)
+    check(fn, *heads(2, 4, 4, LENGTH, LENGTH, 16), bias(4).masked_fill(~unknown(4), -math.inf), seen)
+
+
 @pytest.mark.parametrize(("dtype", "fill"), [(torch.float32, LEAST), (torch.float32, -1e9), (torch.float16, -65504.0)])
 @pytest.mark.parametrize("at_once", [False, True])
 def test_several_finite_fills_where_rows_see_nothing(at_once: bool, dtype: torch.dtype, fill: float) -> None:
@@ -289,3 +304,26 @@ def test_several_finite_fills_where_rows_see_nothing(at_once: bool, dtype: torch
     seen[0], seen[3, 2:] = False, False
     op = check(fn, *heads(1, 2, 2, LENGTH, LENGTH, 16, dtype=dtype), seen)
     assert op.modification is not None and op.modification.unknown
+
+
+def test_keys_that_only_a_finite_number_hides_count_where_padding_hides_the_others() -> None:
+    def causal_over_padding(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        rows, keys = positions(q, k)
+        return torch.softmax((q @ k.mT * 0.25 + padding).masked_fill(keys > rows, LEAST), -1) @ v
+
+    def padding_over_causal(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        rows, keys = positions(q, k)
+        return torch.softmax((q @ k.mT * 0.25).masked_fill(keys > rows, LEAST) + padding, -1) @ v
+
+    def length_over_chunks(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        rows, keys = positions(q, k)
+        scores = q @ k.mT * 0.25 + torch.where((keys <= rows) & (keys // 5 == rows // 5), 0.0, LEAST)
+        return torch.softmax(scores.masked_fill(keys >= lengths[:, None, None, None], -math.inf), -1) @ v
+
+    args = heads(2, 4, 4, LENGTH, LENGTH, 16)
+    padding = torch.zeros(2, 1, 1, LENGTH).masked_fill(kept()[:, None, None] == 1, -math.inf)
+    op = check(causal_over_padding, *args, padding)
+    assert op.modification is not None and op.modification.finite
+    for fn, more in ((padding_over_causal, padding), (length_over_chunks, torch.tensor([3, 20]))):
+        op = only(traced(fn, *args, more)).op
+        assert isinstance(op, Attention) and op.modification is None and op.mask.kind == "tensor"

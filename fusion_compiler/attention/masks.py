@@ -66,9 +66,9 @@ def prove(terms: Sequence[Term], extents: Extents, indexer: Indexer) -> Proof:
         if isinstance(found, str):
             return Proof(Mask("tensor", proof=found))
         visible.append(found[0])
-        fills.append(found[1])
-    finite = min(fills) > float("-inf")
-    empty: EmptyRows = "mean" if finite and len(terms) == 1 else "nan"
+        fills += found[1]
+    finite = any(fill > float("-inf") for fill in fills)
+    empty: EmptyRows = "mean" if float("-inf") not in fills and len(terms) == 1 else "nan"
     conditions = sympy.to_nnf(sympy.And(*visible), simplify=False)
     if conditions == sympy.false:
         return Proof(Mask("tensor", empty_rows=empty, proof="the mask hides every key"))
@@ -85,8 +85,8 @@ def prove(terms: Sequence[Term], extents: Extents, indexer: Indexer) -> Proof:
     if isinstance(proof, str):
         return Proof(Mask("tensor", empty_rows=empty, proof=reason))
     # beside finite fills, a row that sees nothing averages what they were put over: no limit says so
-    kind = "tensor" if finite and empty != "none" else proof.mask.kind
-    if kind == "tensor":
+    if finite and empty != "none":
+        reason += "; a row may see no key and then averages those that a finite number hides, which -inf would not"
         return Proof(Mask("tensor", empty_rows=empty, proof=reason))
     return replace(proof, mask=replace(proof.mask, empty_rows=empty, proof=reason))
 
@@ -114,8 +114,8 @@ def sees_a_key(conditions: Boolean, offsets: Sequence[sympy.Expr], extents: Exte
     return False
 
 
-def _visible(term: Term, indexer: Indexer) -> tuple[Boolean, float] | str:
-    """When a score is visible and the least value that hides one, or why this is no mask."""
+def _visible(term: Term, indexer: Indexer) -> tuple[Boolean, list[float]] | str:
+    """When a score is visible and the values that hide one, or why this is no mask."""
     value = indexer.at(term.node, term.index)
     if not term.additive:
         if term.fill > HIDDEN:
@@ -123,8 +123,8 @@ def _visible(term: Term, indexer: Indexer) -> tuple[Boolean, float] | str:
                 f"masked scores are set to {term.fill:g}, which is not small enough to hide a key; -inf or "
                 "torch.finfo(dtype).min is"
             )
-        return (truth(value) if term.keeps else sympy.Not(truth(value))), term.fill
-    visible, fill = [], 0.0  # the most hiding value
+        return (truth(value) if term.keeps else sympy.Not(truth(value))), [term.fill]
+    visible, fills = [], list[float]()
     for condition, number in leaves(value):
         if not number.is_number:
             return f"{term.node.name} adds {named(number, indexer)} to the scores, which is neither 0 nor −∞"
@@ -132,13 +132,13 @@ def _visible(term: Term, indexer: Indexer) -> tuple[Boolean, float] | str:
         if added == 0.0:
             visible.append(condition)
         elif added <= HIDDEN:
-            fill = min(fill, added)
+            fills.append(added)
         else:
             return (
                 f"{term.node.name} adds {added:g} to some scores, which is neither 0 nor small enough to hide a key; "
                 "-inf or torch.finfo(dtype).min is"
             )
-    return sympy.Or(*visible), fill
+    return sympy.Or(*visible), fills
 
 
 def limited(parts: list[Limit], extents: Extents, indexer: Indexer) -> Proof | str:

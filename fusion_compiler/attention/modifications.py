@@ -22,7 +22,6 @@ from .roles import Geometry
 
 LEAST = torch.finfo(torch.float32).min
 ABSORBING = -1e30  # a bias added to it changes nothing
-STANDING = -1e37  # a finite number that hides, as one of several that are added up: beside it no score counts
 OUTWEIGHED = 1e3  # times the factor of an unknown number, a constant beside it counts alone
 MOST_OPERATIONS = 40  # of one term; more are cheaper to read than to compute again for every score
 
@@ -59,6 +58,8 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
     unknown = any(loads_of(leaf, indexer) for a in added for _, leaf in leaves(a))
     offsets = [p.upper for p in (read(part, extents, indexer) for part in parts) if p.upper is not None]
     seen = whole == sympy.true or sees_a_key(whole, offsets, extents, indexer)
+    if finite and any(_may_pad(leaf, geometry, indexer) for a in added for _, leaf in leaves(a)):
+        seen = False  # keys that only a finite number hides then count where those that are seen are padding
     sink = None
     if geometry.parts.sink is not None:
         term = geometry.term(geometry.parts.sink)
@@ -66,7 +67,7 @@ def modification(geometry: Geometry, indexer: Indexer, total: bool) -> tuple[Mod
         if any({extents.query, extents.key} & part.free_symbols for part in parts_of(sink)):
             return nothing
         finite, seen, unknown = False, True, False  # a row that sees no key gives 0, however it is hidden
-    several = finite and not seen and not _average(geometry.terms(), fills, bool(added))
+    several = finite and not seen and not _average(geometry.terms(), fills, bool(added), unknown)
     if several and len(summed) < len(geometry.terms()):
         return nothing
     if several:
@@ -104,11 +105,20 @@ def says_more(op: Attention) -> bool:
     return not alone or bool(op.mask.tensor == "none")
 
 
-def _average(terms: Sequence[Term], fills: Sequence[float], biased: bool) -> bool:
+def _may_pad(leaf: sympy.Expr, geometry: Geometry, indexer: Indexer) -> bool:
+    """Whether a number that is added may be −∞ for whatever keys a row sees, as in a mask of padding: it is read, and
+    is no bias of the heads."""
+    heads = geometry.head_symbols
+    return any(not heads & load.free_symbols for load in loads_of(leaf, indexer))
+
+
+def _average(terms: Sequence[Term], fills: Sequence[float], biased: bool, unknown: bool) -> bool:
     """Whether a row that sees no key averages all values: every key is hidden by one and the same number, beside which
-    nothing else counts."""
+    nothing else counts: an `unknown` number that is added may be −∞, which is overwritten where it comes before."""
     alike = len(fills) == 1 or (len(set(fills)) == 1 and not any(term.additive for term in terms))
-    return alike and (not biased or fills[0] <= ABSORBING)
+    kinds = [term.additive for term in terms]
+    overwritten = not all(kinds) and kinds == sorted(kinds, reverse=True)
+    return alike and (not biased or (fills[0] <= ABSORBING and (overwritten or not unknown)))
 
 
 def _printable(term: Term, indexer: Indexer, extents: Extents) -> object:
@@ -127,11 +137,9 @@ def _sum_of_hiding(term: Term, value: object) -> object:
 
     def standing(leaf: sympy.Expr) -> sympy.Expr:
         hiding = _hiding(leaf, term.factor)
-        if hiding is None:
+        if hiding is None or hiding > least:
             return leaf * sympy.Float(term.factor)
-        if hiding < least:
-            return sympy.S.NegativeInfinity
-        return sympy.Float(LEAST if hiding == least else STANDING)
+        return sympy.Float(LEAST) if hiding == least else sympy.S.NegativeInfinity
 
     return _mapped(number(value), standing)
 

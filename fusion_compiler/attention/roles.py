@@ -272,6 +272,10 @@ class Geometry:
         name = "key" if i == len(self.rows) else "query" if i in self.queries else f"row{i}"
         return sympy.Symbol(name, integer=True, nonnegative=True)
 
+    @property
+    def head_symbols(self) -> set[sympy.Symbol]:
+        return {self._symbol(i) for i in self._heads()}
+
     def symbols(self) -> Extents:
         extent = {self._symbol(i): r.size for i, r in enumerate(self.rows)}
         key = self._symbol(len(self.rows))
