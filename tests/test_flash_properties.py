@@ -55,6 +55,13 @@ HIDES: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda s, seen: s + torch.where(seen, 0.0, -math.inf).to(s.dtype),
     lambda s, seen: torch.where(seen, s, -math.inf),
 ]
+# a second mask, of keys of which nothing is known: none, filled in, added, and added as a product
+PADDINGS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda s, kept: s,
+    lambda s, kept: s.masked_fill(kept == 0, -math.inf),
+    lambda s, kept: s + torch.zeros_like(kept).masked_fill(kept == 0, torch.finfo(kept.dtype).min),
+    lambda s, kept: s + (1.0 - kept) * torch.finfo(kept.dtype).min,
+]
 SOFTMAXES: list[Callable[[Tensor], Tensor]] = [
     lambda s: s.softmax(-1),
     lambda s: s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)),
@@ -70,25 +77,31 @@ SOFTMAXES: list[Callable[[Tensor], Tensor]] = [
     seen=st.sampled_from(SEEN), added=st.just(ADDED[0]) | st.sampled_from(ADDED), hide=st.sampled_from(HIDES),
     softmax=st.sampled_from(SOFTMAXES), cap=st.sampled_from([None, None, 2.0, 30.0]), at=st.integers(-20, 20),
     n=st.integers(1, 40), scale=st.sampled_from([0.25, 1.0, -0.5]),
+    padding=st.sampled_from(PADDINGS), padding_first=st.booleans(),
     tile=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.booleans(), st.booleans()),
 )  # fmt: skip
 def test_numbers(
     batch: int, kv_heads: int, group: int, width: int, lengths: tuple[int, int], narrow: bool, seen: Positions,
     added: Positions, hide: Positions, softmax: Positions, cap: float | None, at: int, n: int, scale: float,
-    dtype: torch.dtype, tile: tuple[int, int, bool, bool],
+    dtype: torch.dtype, tile: tuple[int, int, bool, bool], padding: Positions, padding_first: bool,
 ) -> None:  # fmt: skip
-    def attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, kept: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))
         s = q @ k.mT * scale
         s = torch.tanh(s / cap) * cap if cap is not None else s
         rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
         s = s + added(rows, keys, at, slopes[:, None, None]).to(s.dtype)
-        return softmax(hide(s, seen(rows, keys, at, n))).to(v.dtype) @ v
+        kept = kept.to(s.dtype)[:, None, None]
+        s = padding(s, kept) if padding_first else s
+        s = hide(s, seen(rows, keys, at, n))
+        return softmax(s if padding_first else padding(s, kept)).to(v.dtype) @ v
 
+    if cap is not None and dtype == torch.float32:
+        cap = 2.0  # a cap is taken from 2 · cap, whose rounding grows with it; products by TF32 round more on a device
     length, keys = lengths[0], lengths[1] or lengths[0]
     args = (*heads(batch, kv_heads * group, kv_heads, length, keys, width, 16 if narrow else width, dtype=dtype),)
-    slopes = torch.rand(kv_heads * group)
-    matches, _ = find_attention(traced(attention, *args, slopes))
+    more = torch.rand(kv_heads * group), (torch.rand(batch, keys) < 0.7).float()
+    matches, _ = find_attention(traced(attention, *args, *more))
     if not matches or isinstance(flash.candidates(matches[0].op, machine("h200")), Unavailable):
         return  # as what is added is seen by nobody, or the queries are few
     native = tile[3] and cap is not None and dtype == torch.float32
@@ -96,4 +109,4 @@ def test_numbers(
         patch.setattr(
             tl, "inline_asm_elementwise", lambda asm, how, args, *_: 1.0 - 2.0 / (1.0 + tl.exp(2.0 * args[0]))
         )
-        check(attention, *args, slopes, plan=Plan(tile[0], tile[1], 4, 2, tile[2] and width != 24, native=native))
+        check(attention, *args, *more, plan=Plan(tile[0], tile[1], 4, 2, tile[2] and width != 24, native=native))
