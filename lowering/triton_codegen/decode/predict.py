@@ -1,7 +1,7 @@
 """Predicted time of split-KV decode attention, and the plans worth predicting.
 
 seconds = start + step + ‖(memory, chain)‖₇ + ramp · (1 − 1 / steps) + (waves − 1) · wave + gather + launch
-memory  = bytes / (bandwidth · reached), longer in `narrow` tiles
+memory  = bytes / (bandwidth · reached), longer where the last wave is not full
 chain   = (waves · steps of a program − 1) · step: a program waits for its tiles, computes, asks for the next
 step    = base + bytes of a tile + latency of the memory, hidden by pipeline stages, + work of the programs that share
           the SM: products of rows beyond eight, or in float32 all of them, on the ordinary units
@@ -37,7 +37,6 @@ from .operands import Plan, as_stored, power_of_two, query_rows, row_tiles
 from .source import GATHERED_SPLITS, by_entries, gathered
 
 TILE_BYTES = (16 * 1024, 64 * 1024)  # of k and v in one step: less leaves the memory idle, more costs resident programs
-WIDE_TILE = 32 * 1024  # bytes that are read at the full rate
 WARPS = 4  # measured: as good as 2 with small tiles and as 8 with large ones
 WARPS_PER_SM = 64
 MOST_SPLITS = 128
@@ -60,7 +59,7 @@ class Constants:
     product: float  # per multiply-add of rows beyond eight
     latency: float
     wave: float
-    narrow: float  # more of the time to read in tiles of half of `WIDE_TILE`
+    tail: float  # more of the time to read, for the places that are empty in the last of several waves
     ramp: float  # until memory is as busy as it gets, where a program takes several steps
     reached: float  # fraction of the machine's (copy) bandwidth that pure reading reaches
     ordinary_fraction: float
@@ -186,8 +185,8 @@ def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, ke
     chain = (steps - 1) * step
     moved = pairs * keys * _bytes_per_key(stored)
     memory = moved / (machine.memory_bandwidth * known.reached)
-    if not plan.own_keys:
-        memory = memory * (1 + known.narrow * max(0.0, WIDE_TILE / tile_bytes(stored, plan.block) - 1))
+    if not is_symbolic(waves) and waves > 1:
+        memory *= 1 + known.tail * (1 - programs / (waves * machine.num_sms * resident(stored, plan, machine)))
     total = known.start + step + _softly(memory, chain) + (waves - 1) * known.wave + machine.launch_overhead
     total = (
         total + known.ramp * (1 - 1 / steps) + (known.meet + known.beside * (together - 1) if plan.own_keys else 0.0)
@@ -229,7 +228,9 @@ def _coded(stored: StoredAttention) -> int:
 
 def resident(stored: StoredAttention, plan: Plan, machine: Machine) -> int:
     """Programs that run on one SM at once."""
-    memory = plan.num_stages * tile_bytes(stored, plan.block) + 2048
+    # a stage is computed with while the others are held; what codes cost was fitted without that
+    held = plan.num_stages if plan.own_keys else plan.num_stages - 1
+    memory = held * tile_bytes(stored, plan.block) + (2048 if plan.own_keys else 4096)
     warps = OWN_WARPS_PER_SM if plan.own_keys else WARPS_PER_SM
     return max(1, min(machine.shared_memory // memory, warps // plan.num_warps))
 
