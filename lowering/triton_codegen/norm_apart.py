@@ -40,7 +40,7 @@ def candidates(op: Matmuls, machine: Machine) -> list[Candidate]:
         return []
     norm = row_norm(op)
     moved = row_reduction.traffic(norm)
-    seconds = predict.constants().norm
+    seconds = predict.constants().norm + machine.launch_overhead
     return [
         dataclasses.replace(
             linear,

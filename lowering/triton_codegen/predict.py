@@ -76,7 +76,7 @@ class KindConstants:
 class Constants:
     """`reached`: fraction of the machine's (copy) bandwidth that pure reading reaches. `gather`: seconds for each sum
     that the last of the blocks that share K adds up; `zeroing`: for the zeros that such kernels of a graph count in;
-    `norm`: for that of a norm's own kernel which the next one's launch does not hide.
+    `norm`: for a norm's own kernel in front, over its launch.
     `errors` tells, by the number of weights and the kind of plan, by how much its gain over Inductor was less than
     predicted: measured on `machine`, in `dtype`, with one weight for up to MOST_ROWS rows."""
 
