@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from .algebra import POINTWISE, Value
-from .cost.node_work import is_view
+from .cost.node_work import is_library_call, is_view
 from .semantics import SemanticView
 from .shapes import TRANSPARENT_DTYPES, count, shape_of
 from .sites import outputs_of
@@ -106,8 +106,8 @@ def _joins(view: SemanticView, node: Node, linear: Value, inside: dict[Node, Non
 
     What it reads besides may not come from the same input by another linear: these make a fusion of their own.
     """
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
-        return False
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or is_library_call(node):
+        return False  # a product with a bias has the value of a sum
     value, read = view.value(node), [source for source in _sources(node) if source in inside]
     if count(shape_of(node)) != count(shape_of(read[0])):
         return _is_part(view, value, linear)  # else repeated

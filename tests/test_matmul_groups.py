@@ -166,6 +166,16 @@ def test_a_scaled_gated_mlp_of_a_projection_is_no_linear_of_its_group() -> None:
     assert verdicts["qkv_projection"] == "fused" and "linear_epilogue" in verdicts
 
 
+def test_a_linear_with_a_bias_behind_a_projection_is_none_of_its_siblings() -> None:
+    def fn(x, q, k, v, o, b):
+        return F.linear(F.linear(x, q), o, b), F.linear(x, k), F.linear(x, v)
+
+    gm = trace(fn, (torch.randn(6, 48), *(torch.randn(n, 48) for n in (48, 32, 32, 48)), torch.randn(48)))
+    (match,) = QKV.find(SemanticView(gm))[0]
+    assert {node.target for node in match.site.outputs} == {torch.ops.aten.mm.default}
+    assert len({match.site.operands[0], *(n.args[0] for n in match.site.outputs)}) == 1
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_sum_that_a_norm_reads_saves_no_kernel(normed: bool) -> None:
     """Inductor adds in the norm's kernel; fused with the linear, the norm is a kernel all the same."""
