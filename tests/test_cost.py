@@ -195,6 +195,23 @@ def test_decode_attention(b: int, lk: int, measured: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("hk", "lq", "lk", "mask", "measured"),
+    [
+        (8, 4, 8192, TENSOR, 166),
+        (8, 16, 8192, TENSOR, 174),
+        (8, 4, 8192, NO_MASK, 98.9),
+        (32, 64, 262144, TENSOR, 5926),
+    ],
+    ids=str,
+)
+def test_few_queries_of_few_heads_leave_multiprocessors_idle(
+    hk: int, lq: int, lk: int, mask: Mask, measured: float
+) -> None:
+    seconds = attention_seconds(flash(1, 32, hk, lq, lk, 128, mask), H200, "cudnn")
+    assert float(seconds) * 1e6 == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.parametrize(
     ("dtype", "s", "measured"),
     [(torch.float32, 2048, 38), (BF16, 2048, 40), (torch.float32, 512, 4.78), (BF16, 512, 6.3)],
 )

@@ -19,7 +19,7 @@ from torch.fx import Node
 from ..attention.sdpa_calls import bind
 from ..candidates import Amount, Traffic
 from ..machine import Machine
-from .amounts import amount, greater, maximum, minimum, where
+from .amounts import amount, greater, maximum, minimum, product, where
 from .efficiency import efficiency
 from .node_work import (
     GATHERS,
@@ -281,8 +281,8 @@ def _attention_seconds(node: Node, traffic: Traffic, machine: Machine) -> Amount
     return minimum(
         *(
             flash_seconds(
-                machine, backend, q.dtype, masked=masked, q_len=amount(q.shape[-2]), kv_len=amount(k.shape[-2]),
-                flops=traffic.flops, moved=traffic.bytes_read + traffic.bytes_written,
+                machine, backend, q.dtype, masked=masked, heads=product(q.shape[:-2]), q_len=amount(q.shape[-2]),
+                kv_len=amount(k.shape[-2]), flops=traffic.flops, moved=traffic.bytes_read + traffic.bytes_written,
                 whole=not masked and not arguments.get("is_causal"),
             )
             for backend in ([named] if named else [b for b in known if b not in ("masked", "flex")])

@@ -72,6 +72,9 @@ class AttentionKernel:
     `short_compute` holds.
 
     `key_block`: a causal kernel skips whole blocks of this many keys only (0: it follows the diagonal).
+    `query_block`: queries of a head that one multiprocessor computes together, all of them even where there are fewer
+    (0: the work is always spread evenly); where blocks leave multiprocessors idle, one takes `alone` of its time in a
+    full device.
     """
 
     compute: Fractions
@@ -81,6 +84,8 @@ class AttentionKernel:
     short_compute: Fractions | None = None
     short_rows: int = 0
     key_block: int = 0
+    query_block: int = 0
+    alone: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -201,23 +201,29 @@ def attention_seconds(op: Attention, machine: Machine, backend: str, *, masked: 
     traffic = attention_traffic(op)
     keys = lk if as_tensor else visible_keys(op, _attention_kernel(machine, backend, as_tensor).key_block)
     return flash_seconds(
-        machine, backend, op.dtype, masked=as_tensor, q_len=lq, kv_len=lk,
+        machine, backend, op.dtype, masked=as_tensor, heads=b * h, q_len=lq, kv_len=lk,
         flops=2 * b * h * lq * keys * (op.head_dim + op.v_dim), moved=traffic.bytes_read + traffic.bytes_written,
         whole=op.mask.kind == "none",
     )  # fmt: skip
 
 
 def flash_seconds(
-    machine: Machine, backend: str, dtype: torch.dtype, *, masked: bool, q_len: Amount, kv_len: Amount, flops: Amount,
-    moved: Amount, whole: bool,
+    machine: Machine, backend: str, dtype: torch.dtype, *, masked: bool, heads: Amount, q_len: Amount, kv_len: Amount,
+    flops: Amount, moved: Amount, whole: bool,
 ) -> Amount:  # fmt: skip
-    """A flash kernel that computes `flops` and moves `moved` bytes, launch included; `whole`: nothing is masked."""
+    """A flash kernel that computes `flops` and moves `moved` bytes, launch included; `heads`: of the whole batch;
+    `whole`: nothing is masked."""
     kernel = _attention_kernel(machine, backend, masked)
     compute = flops / (machine.rate(dtype) * kernel.compute.of(dtype))
     compute = compute if whole else compute * (1 + kernel.ramp / kv_len)
     if kernel.short_compute is not None:
         ratio = kernel.compute.of(dtype) / kernel.short_compute.of(dtype)
         compute = compute * where(greater(kernel.short_rows, q_len), ratio, 1.0)
+    if kernel.query_block:
+        blocks = ceil_div(q_len, kernel.query_block)
+        # a block is computed whole, by one multiprocessor; a single query has kernels that split the keys
+        busy = maximum(1.0, kernel.alone * machine.num_sms / (heads * blocks)) * blocks * kernel.query_block / q_len
+        compute = compute * where(greater(q_len, 1), busy, 1.0)
     memory = moved / (machine.memory_bandwidth * kernel.memory)
     return maximum(compute, memory) + kernel.latency + machine.launch_overhead
 
