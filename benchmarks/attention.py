@@ -161,7 +161,7 @@ def main() -> None:
     if args.merge:
         order = {name: i for i, name in enumerate(cases)}
         found = parts.merged(args.merge, lambda row: order.get(row["name"], len(order)), args.json)
-        rows = [Row(**{key: row[key] for key in row if key != "part"}) for row in found]
+        rows = harness.rows_of(found)
     else:
         rows = []
         for row in measured([cases[name] for name in harness.chosen(list(cases), args.only)], args):

@@ -14,12 +14,11 @@ import gc
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -319,8 +318,6 @@ def clean_slate(device: torch.device) -> None:
 
 # ---- command line and output -----------------------------------------------------------------------------
 def arguments(description: str | None, rounds: int = 30) -> argparse.ArgumentParser:
-    # asked so, processes that are forked from here can still use the device
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT,…", help="rows whose name is or contains a TEXT")
     parser.add_argument("--json", metavar="PATH", type=Path, help="write the figures there")
@@ -371,6 +368,11 @@ def row_table(rows: Sequence[Row]) -> str:
             + ["–" if error is None else f"{error:.2f}", row.verdict or "–"]
         )
     return markdown(header, lines)
+
+
+def rows_of(found: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Rows as written, what a benchmark tells besides left out."""
+    return [Row(**{key: row[key] for key in Row.__dataclass_fields__ if key in row}) for row in found]
 
 
 def write_json(path: Path | None, device: torch.device, rows: Sequence[dict[str, Any]], **more: Any) -> None:

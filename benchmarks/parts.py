@@ -26,7 +26,7 @@ import torch._inductor.config
 
 from . import harness
 
-COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "triton.compiler")
+COMPILERS = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "triton.compiler", "patterns")
 
 JOBS = "processes that prepare rows (default %(default)s)"
 SECONDS = "give up rows that are not prepared by then"
@@ -55,8 +55,12 @@ def measured(
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     for name in (*preload, *COMPILERS):
         importlib.import_module(name)
+    importlib.import_module("triton.runtime.cache").triton_key()  # a hash of its sources, made once for all
     # what goes on from here has all imports behind it
-    processes: Any = multiprocessing.get_context("fork" if _forkable() else "forkserver")
+    forkable = _forkable()
+    if not forkable:
+        print("the device was touched before: every process imports everything again", file=sys.stderr, flush=True)
+    processes: Any = multiprocessing.get_context("fork" if forkable else "forkserver")
     jobs, began, running = min(jobs, len(items)), time.time(), []
     for first in range(jobs):
         ours, theirs = processes.Pipe()

@@ -150,8 +150,7 @@ def in_turn(items: list[Item], args: argparse.Namespace) -> list[dict[str, Any]]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Times and verdicts, and below them what is known of the errors."""
-    held = [harness.Row(**{key: row[key] for key in harness.Row.__dataclass_fields__ if key in row}) for row in rows]
-    lines = [harness.row_table(held)]
+    lines = [harness.row_table(harness.rows_of(rows))]
     for row in rows:
         errors = ", ".join(f"{name} {error**2:.1e}" for name, error in row["error"].items())
         shares = ", ".join(f"{name} {share:.3%}" for name, share in (row.get("codes") or {}).items())

@@ -122,7 +122,7 @@ def main() -> None:
     names = [f"{m}, {c}" for m in MODELS for c in CALLS if not (m.startswith("bert") and c.startswith("decode"))]
     if args.merge:
         found = parts.merged(args.merge, lambda row: names.index(row["name"]), args.json)
-        rows = [harness.Row(**{key: row[key] for key in row if key != "part"}) for row in found]
+        rows = harness.rows_of(found)
     else:
         rows, items = [], [*map(parts.Item, harness.chosen(names, args.only))]
         for figures in parts.measured(items, functools.partial(prepare, args), args.jobs, args.seconds, PRELOAD):

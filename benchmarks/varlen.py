@@ -150,7 +150,7 @@ def main() -> None:
     if args.merge:
         order = [c.name for c in GPU_CASES]
         found = parts.merged(args.merge, lambda row: order.index(row["name"]), args.json)
-        print(harness.row_table([Row(**{key: row[key] for key in row if key != "part"}) for row in found]))
+        print(harness.row_table(harness.rows_of(found)))
         return
     chosen = [cases[name] for name in harness.chosen(list(cases), args.only)]
     rows = []
