@@ -50,11 +50,9 @@ def waiting(kernel: Any, pointers: Sequence[str], described: Collection[str] = (
     A kernel that we did not generate is left as it is: it starts when everything in front of it has ended.
     """
     source, name = source_of(kernel.fn), kernel.__name__
-    return (
-        kernel
-        if source is None
-        else getattr(module_from_source(with_wait(source, name, pointers, described, lets)), name)
-    )
+    if source is None:
+        return kernel
+    return getattr(module_from_source(with_wait(source, name, pointers, described, lets)), name)
 
 
 def with_wait(

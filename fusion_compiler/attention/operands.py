@@ -39,6 +39,12 @@ def scaled_queries(op: Attention, builder: Builder, site: Site, q: Node) -> Node
     return scaled if same else builder.call(torch.ops.prims.convert_element_type.default, scaled, op.dtype)
 
 
+def queries_keys_values(op: Attention, builder: Builder, site: Site) -> tuple[Node, ...]:
+    """q, k and v as kernels take them: in their layouts, a tensor scale multiplied in, rows dense."""
+    q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
+    return tuple(rows_in_one_piece(builder, node) for node in (scaled_queries(op, builder, site, q), k, v))
+
+
 def rows_in_one_piece(builder: Builder, node: Node) -> Node:
     """`node` with its last dimension dense. Kernels take that for granted; torch's own dispatcher checks it."""
     value = node.meta["val"]

@@ -66,6 +66,11 @@ def formula(value: Amount) -> str:
     return str(value) if is_symbolic(value) else ""
 
 
+def settled(condition: sympy.Basic) -> Condition:
+    """The condition as a bool where sympy knows it to be always or never true."""
+    return bool(condition) if condition in (sympy.true, sympy.false) else condition
+
+
 def greater(a: Amount, b: Amount) -> Condition:
     return sympy.Gt(a, b) if is_symbolic(a) or is_symbolic(b) else bool(a > b)
 

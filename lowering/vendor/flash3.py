@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusion_compiler.attention.operands import arranged, rows_in_one_piece, scaled_queries
+from fusion_compiler.attention.operands import arranged, queries_keys_values
 from fusion_compiler.candidates import Candidate, Unavailable
-from fusion_compiler.cost.amounts import Condition, amount
+from fusion_compiler.cost.amounts import Condition, amount, settled
 from fusion_compiler.cost.roofline import attention_seconds, attention_traffic
 from fusion_compiler.fused import Attention, FusedOp, Mask, Site
 from fusion_compiler.machine import Machine
@@ -76,8 +76,7 @@ def _valid(op: Attention) -> Condition:
         return True
     queries, keys = amount(op.q_len), amount(op.kv_len)
     # with more queries than keys the first ones would see none
-    relation = sympy.And(sympy.Eq(amount(op.mask.offset), keys - queries), sympy.Ge(keys, queries))
-    return bool(relation) if relation in (sympy.true, sympy.false) else relation
+    return settled(sympy.And(sympy.Eq(amount(op.mask.offset), keys - queries), sympy.Ge(keys, queries)))
 
 
 def _window(mask: Mask) -> tuple[int, int]:
@@ -86,9 +85,7 @@ def _window(mask: Mask) -> tuple[int, int]:
 
 
 def _emit(op: Attention, builder: Builder, site: Site) -> Node:
-    q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
-    q = scaled_queries(op, builder, site, q)
-    q, k, v = (rows_in_one_piece(builder, node) for node in (q, k, v))
+    q, k, v = queries_keys_values(op, builder, site)
     cap = op.softcap or 0.0
     out = builder.call(torch.ops.fusion_compiler.flash_attention_3.default, q, k, v, op.scale, *_window(op.mask), cap)
     return arranged(builder, out, op.out)

@@ -17,9 +17,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from fusion_compiler.attention.operands import added_mask, arranged, expanded, number, rows_in_one_piece, scaled_queries
+from fusion_compiler.attention.operands import added_mask, arranged, expanded, number, queries_keys_values
 from fusion_compiler.candidates import Candidate, Traffic, Unavailable
-from fusion_compiler.cost.amounts import Condition, amount
+from fusion_compiler.cost.amounts import Condition, amount, settled
 from fusion_compiler.cost.roofline import attention_seconds, attention_traffic
 from fusion_compiler.fused import Attention, FusedOp, Site
 from fusion_compiler.machine import Machine
@@ -183,15 +183,12 @@ def _grouped(op: Attention) -> bool:
 
 
 def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> Condition:
-    relation = sympy.Eq(amount(a), amount(b))
-    return bool(relation) if relation in (sympy.true, sympy.false) else relation
+    return settled(sympy.Eq(amount(a), amount(b)))
 
 
 # ---- emission -------------------------------------------------------------------------------------
 def _emit(op: Attention, backend: Backend, causal: bool, masked: bool, builder: Builder, site: Site) -> Node:
-    q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
-    q = scaled_queries(op, builder, site, q)
-    q, k, v = (rows_in_one_piece(builder, node) for node in (q, k, v))
+    q, k, v = queries_keys_values(op, builder, site)
     added = added_mask(op, builder, site) if masked else None
     mask = _mask(op, backend, builder, added) if added is not None else None
     positional, keywords = backend.arguments(q, k, v, mask, causal, op.scale)
