@@ -47,7 +47,8 @@ def test_outliers_and_rows_of_one_number() -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_blocks_that_share_k_leave_their_zeros_behind(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several in one graph, called again and again, and on two streams at a time."""
-    monkeypatch.setattr(predict, "error", lambda *_: 0.0)
+    known = predict.plans  # other machines prefer others
+    monkeypatch.setattr(predict, "plans", lambda *given: (p for p in known(*given) if p.kind == "split"))
     k, n = 8192, 2048
 
     def layers(x: Tensor, r: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
