@@ -234,7 +234,7 @@ class Algebra:
         wanted = list(x.args) if x.op == "mul" else [x]
         left, constant = list(factors), 1.0
         for w in wanted:
-            if w.op == "const":
+            if w.op == "const" and w.attr("value") != 0.0:
                 constant /= w.attr("value")
             elif any(f is w for f in left):
                 left = self._without(left, w)

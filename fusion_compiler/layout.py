@@ -8,11 +8,13 @@ depends on strides must the old layout be restored by a copy.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Node, map_arg
+from torch.fx import Graph, Node, map_arg
 
 from .fused import Site
 from .splice import Builder, SpliceError, same_sizes, same_strides
@@ -54,32 +56,74 @@ def adopt(builder: Builder, old: Node, new: Node) -> bool:
     """
     changed: dict[Node, Any] = {old: new.meta["val"]}
     as_reshape: list[Node] = []
-    for node in list(builder.gm.graph.nodes):
-        if node is old or node is new or not any(n in changed for n in node.all_input_nodes):
+    for node in _readers(builder.gm.graph, changed):
+        if node is new:
             continue
-        if node.op != "call_function" or not _takes_any_strides(node):
+        found = _revalued(node, changed)
+        if found is None:
             return False
-        target = node.target
-        values = map_arg((node.args, node.kwargs), lambda n: changed.get(n, n.meta["val"]))
+        value, reshapes = found
+        as_reshape += [node] * reshapes
+        if not all(map(same_strides, _parts(value), _parts(node.meta["val"]))):
+            changed[node] = value
+    del changed[old]
+    _give(changed, as_reshape)
+    return True
+
+
+def follow(graph: Graph, changed: dict[Node, Any]) -> None:
+    """Gives the readers of nodes whose fake values have changed the values that follow, as far as these can be told."""
+    as_reshape: list[Node] = []
+    for node in _readers(graph, changed):
+        found = _revalued(node, changed)
+        if found is not None:
+            changed[node], reshapes = found
+            as_reshape += [node] * reshapes
+    _give(changed, as_reshape)
+
+
+def _readers(graph: Graph, changed: Mapping[Node, Any]) -> Iterator[Node]:
+    """The nodes that read one of `changed`, which may grow meanwhile."""
+    for node in list(graph.nodes):
+        if node not in changed and any(n in changed for n in node.all_input_nodes):
+            yield node
+
+
+def _revalued(node: Node, changed: Mapping[Node, Any]) -> tuple[Any, bool] | None:
+    """The value of `node` where some have the values in `changed`, and whether it is a reshape then and no view; None
+    where it is not for any strides, or is another tensor."""
+    if node.op != "call_function" or not (_takes_any_strides(node) or node.target is operator.getitem):
+        return None
+    target: Any = node.target
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: changed.get(n, n.meta["val"]))
+    reshapes = False
+    with torch.no_grad():
         try:
-            value = builder.value(target, *values[0], **values[1])
+            value = target(*args, **kwargs)
         except (RuntimeError, ValueError):
             if target is not aten.view.default:
-                return False
-            as_reshape.append(node)
-            value = builder.value(aten.reshape.default, *values[0], **values[1])
-        before = node.meta["val"]
-        if not isinstance(value, torch.Tensor) or not same_sizes(value.shape, before.shape):
-            return False
-        if not same_strides(value, before):
-            changed[node] = value
+                return None
+            value, reshapes = aten.reshape.default(*args, **kwargs), True
+    parts, before = _parts(value), _parts(node.meta["val"])
+    fits = len(parts) == len(before) and all(map(_same_shape, parts, before))
+    return (value, reshapes) if fits else None
+
+
+def _give(values: Mapping[Node, Any], as_reshape: Sequence[Node]) -> None:
     for node in as_reshape:
         node.target = aten.reshape.default
-    for node, value in changed.items():
-        if node is not old:
-            node.meta["val"] = value
-            node.meta.pop("tensor_meta", None)
-    return True
+    for node, value in values.items():
+        node.meta["val"] = value
+        node.meta.pop("tensor_meta", None)
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """The parts of what was split, or the one value."""
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and same_sizes(a.shape, b.shape)
 
 
 def _takes_any_strides(node: Node) -> bool:

@@ -17,8 +17,11 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .cost.amounts import amount
+from .cost.node_work import is_view
 from .fused import Site
 from .report import where
+from .shapes import count, shape_of
 
 aten = torch.ops.aten
 
@@ -46,6 +49,7 @@ class Legality:
         return (
             _values(site, complex_numbers, CODES if codes else ())
             or self._late_operand(site)
+            or _gaps(site)
             or _escapes(site)
             or _randomness(site)
             or self._mutation(site)
@@ -115,6 +119,23 @@ def _escapes(site: Site) -> str | None:
         if node.target in EXPENSIVE:
             return f"the intermediate {_named(node)} is also {reader}; fusing would compute it twice"
     return None
+
+
+def _gaps(site: Site) -> str | None:
+    """A result that the graph returns as part of a larger tensor would have to be written into such a one."""
+    for output in site.outputs:
+        value = output.meta["val"]
+        reach = sum((amount(n) - 1) * amount(s) for n, s in zip(value.shape, value.stride(), strict=True)) + 1
+        if (reach != count(shape_of(output)) or amount(value.storage_offset()) != 0) and _returned(output):
+            return (
+                f"{_named(output)} is returned as it lies in a larger tensor (strides {tuple(value.stride())}, from "
+                f"{value.storage_offset()} on), and a fused kernel writes one of its own; return a copy (clone)"
+            )
+    return None
+
+
+def _returned(node: Node) -> bool:
+    return any(user.op == "output" or (is_view(user) and _returned(user)) for user in node.users)
 
 
 def _randomness(site: Site) -> str | None:

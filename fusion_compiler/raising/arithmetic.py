@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,20 @@ def _add(view: SemanticView, node: Node) -> Value | None:
         return None
     scaled = algebra.mul(algebra.const(sign * alpha), *view.flat("mul", right, b)) if sign * alpha != 1 else right
     terms = view.flat("add", left, a) + (view.flat("add", right, b) if scaled is right else [scaled])
-    return normalise_sum(algebra, terms)
+    return None if _cancel(terms) else normalise_sum(algebra, terms)
+
+
+def _cancel(terms: Sequence[Value]) -> bool:
+    """Whether two of the terms are opposites: what is left of them, as of x and x rounded, lies in the casts alone."""
+    factors: dict[tuple[Value, ...], float] = {}
+    for term in terms:
+        held = term.args if term.op == "mul" else (term,)
+        rest = tuple(sorted((v for v in held if v.op != "const"), key=lambda v: v.serial))
+        scale = math.prod(v.attr("value") for v in held if v.op == "const")
+        if rest and math.isclose(factors.get(rest, math.nan), -scale, rel_tol=1e-6):
+            return True
+        factors[rest] = scale
+    return False
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)

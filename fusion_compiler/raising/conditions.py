@@ -23,7 +23,9 @@ def _binary(name: str, dtypes: frozenset[torch.dtype]) -> Rule:
         if not all(n.meta["val"].dtype in dtypes for n in node.all_input_nodes):
             return None  # integers are compared exactly, which float32 could not
         left, right = view.operand(node.args[0], node), view.operand(node.args[1], node)
-        return None if left is None or right is None else view.algebra.binary(name, left, right)
+        if left is None or right is None or (left is right and node.args[0] is not node.args[1]):
+            return None  # what tells x from x rounded lies in the casts
+        return view.algebra.binary(name, left, right)
 
     return rule
 

@@ -15,9 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
-
 _PRETRACED = "search_fn_pattern"
 _ours: ContextVar[bool] = ContextVar("compiling for fusion_compiler", default=False)
 
@@ -26,7 +23,7 @@ Check = Callable[[Any], bool]
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """Has what `CheckAttention` found checked by its numbers inside."""
+    """Has what `check_attention` found checked by its numbers inside."""
     token = _ours.set(True)
     try:
         yield
@@ -34,25 +31,10 @@ def checked() -> Iterator[None]:
         _ours.reset(token)
 
 
-class CheckAttention(CustomGraphPass):
-    """Runs before Inductor's joint passes, when their patterns are registered, and leaves the graph as it is.
-
-    It stands in the place of the passes that the user configured there, and runs these first.
-    """
-
-    def __init__(self, configured: Any = None) -> None:
-        several = isinstance(configured, (list, tuple))
-        self.configured = tuple(configured) if several else () if configured is None else (configured,)
-
-    def __call__(self, graph: Graph) -> None:
-        for configured in self.configured:
-            configured(graph)
-        for entry in _unchecked():
-            entry.extra_check = _Checked(entry.extra_check)
-
-    def uuid(self) -> Any:
-        known = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.configured]
-        return None if None in known else (type(self).__qualname__, *known)
+def check_attention() -> None:
+    """To be called when the patterns of Inductor's joint passes are registered, before the passes."""
+    for entry in _unchecked():
+        entry.extra_check = _Checked(entry.extra_check)
 
 
 class _Checked:

@@ -17,7 +17,8 @@ import torch._functorch.config
 from torch.fx import GraphModule
 
 from .. import decompositions
-from .attention_rewrite import CheckAttention, checked
+from . import joint_passes
+from .attention_rewrite import checked
 from .dependent_launch import passed_on
 from .float_inputs import specialize_constant_floats
 from .kernel_analysis import analysed_once
@@ -42,11 +43,12 @@ def with_whole_products(inner_compile: InnerCompile, patches: Mapping[str, Any])
     from torch._inductor import config
 
     with config.patch(dict(patches)):
-        passes, decomposed = CheckAttention(config.joint_custom_pre_pass), decompositions.table()
+        passes = joint_passes.around(config.joint_custom_pre_pass, config.joint_custom_post_pass)
+        decomposed = decompositions.table()
         pads = config.shape_padding
     return {
         "inner_compile": functools.partial(inner_compile, pads=pads),
-        "config_patches": {**patches, "joint_custom_pre_pass": passes, "shape_padding": False},
+        "config_patches": {**patches, **passes, "shape_padding": False},
         "decompositions": decomposed,
     }
 

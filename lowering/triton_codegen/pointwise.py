@@ -29,9 +29,13 @@ _FORMULA = {
     "gelu_erf": "0.5 * {a} * (1.0 + tl.erf({a} * 0.7071067811865476))",
     # 1 + tanh(u) = 2·sigmoid(2u), which needs no tanh and loses nothing near zero
     "gelu_tanh": "{a} * tl.sigmoid(1.5957691216057308 * ({a} + 0.044715 * {a} * {a} * {a}))",
-    "tanh": "2.0 * tl.sigmoid(2.0 * {a}) - 1.0",
+    # near zero the difference would keep no digits: a polynomial there (Cephes)
+    "tanh": "tl.where(tl.abs({a}) < 0.625, {a} + {a} * ({a} * {a}) * (-3.33332819422e-1 + ({a} * {a}) * "
+    "(1.33314422036e-1 + ({a} * {a}) * (-5.37397155531e-2 + ({a} * {a}) * (2.06390887954e-2 - 5.70498872745e-3 * "
+    "({a} * {a}))))), 2.0 * tl.sigmoid(2.0 * {a}) - 1.0)",
     # Kahan: the rounding of 1 + a cancels in the quotient
-    "log1p": "tl.where(1.0 + {a} == 1.0, {a}, tl.log(1.0 + {a}) * ({a} / ((1.0 + {a}) - 1.0)))",
+    "log1p": "tl.where((1.0 + {a} == 1.0) | ({a} == float('inf')), {a}, "
+    "tl.log(1.0 + {a}) * ({a} / ((1.0 + {a}) - 1.0)))",
     "expm1": "tl.where(tl.abs({a}) > 0.5, tl.exp({a}) - 1.0, tl.where(tl.exp({a}) == 1.0, {a}, "
     "(tl.exp({a}) - 1.0) * ({a} / tl.log(tl.exp({a})))))",
     "relu": "tl.where({a} < 0.0, 0.0, {a})",

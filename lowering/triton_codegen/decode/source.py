@@ -117,7 +117,7 @@ class _Split(Writer):
         bounds = self.inside(self.row_bound("[None, :]"), self.k.bound("[:, None]"))
         for suffix, column in self.k.parts.items():
             where = self.along(
-                "q", q.strides, whole="head", column=f"({column})[:, None]", **self.of_query("[None, :]")
+                "q", q.strides, whole=("head",), column=f"({column})[:, None]", **self.of_query("[None, :]")
             )
             self.emit(f"q_tile{suffix} = tl.load({where}{bounds}){self.cast(q)}")
         if self.k.shifts:
@@ -210,7 +210,8 @@ class _Split(Writer):
             index = {"batch": "page" if self.one_page else f"page{keys}", "row": f"(n % {operand.page}){keys}"}
         else:
             index = {"row": f"{self.key(operand)}{keys}"}
-        at = self.along(f"{name}_base", side.strides, **index, column=f"{side.index}{columns}")
+        tile = ("row", "column")
+        at = self.along(f"{name}_base", side.strides, whole=tile, **index, column=f"{side.index}{columns}")
         other = ", other=0" if operand.codes is not None else ", other=0.0"
         bounds = " & ".join(b for b in (f"(n < length){keys}", side.bound(columns)) if b)
         cast = "" if operand.codes is not None else self.cast(operand)
@@ -339,7 +340,7 @@ class _Split(Writer):
         if not self.splitting:
             for suffix, column in v.parts.items():
                 index = self.of_query("[None, :]") | {"column": f"({column})[:, None]"}
-                at = self.along("out", self.operands.out.strides, whole="head", **index)
+                at = self.along("out", self.operands.out.strides, whole=("head",), **index)
                 self.emit(f"tl.store({at}, {self.result(f'acc{suffix}', 'total[None, :]')}{mask})")
             return
         self.emit(f"slot = (pair.to(tl.int64) * {self.plan.splits} + split) * {self.rows} + row")
@@ -392,7 +393,7 @@ class _Split(Writer):
         self.emit("acc_e = acc_e * shrink[:, None] + tl.sum(acc_part * weight[:, :, None], 1)")
         self.level -= 1
         at = self.along(
-            "out", self.operands.out.strides, whole="head", column="c_e[None, :]", **self.of_query("_e[:, None]")
+            "out", self.operands.out.strides, whole=("head",), column="c_e[None, :]", **self.of_query("_e[:, None]")
         )
         inside = f"(row_e < {self.rows})[:, None]" + (f" & (c_e < {width})[None, :]" if columns != width else "")
         self.emit(f"tl.store({at}, {self.result('acc_e', 'total_e[:, None]')}, mask={inside})")

@@ -6,6 +6,7 @@ Strides and sizes known when compiling stand in the text as numbers; the others 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import sympy
 import torch
@@ -50,12 +51,12 @@ class Writer:
         self.sizes[name] = value
         return name
 
-    def along(self, tensor: str, strides: Axes, *, whole: str = "", **index: str) -> str:
-        """Offset into `tensor` from the indices given by axis name, the one of `whole` also where that is broadcast, so
+    def along(self, tensor: str, strides: Axes, *, whole: Sequence[str] = (), **index: str) -> str:
+        """Offset into `tensor` from the indices given by axis name, those of `whole` also where they are broadcast, so
         that the offset has the shape of a tile."""
         terms = []
         for axis, stride in zip(("batch", "head", "row", "column"), strides, strict=True):
-            if axis in index and (stride != 0 or axis == whole):
+            if axis in index and (stride != 0 or axis in whole):
                 text = self.size(f"{tensor}_{axis}_stride", stride)
                 terms.append(index[axis] if text == "1" else f"{index[axis]} * {text}")
         return " + ".join([tensor, *terms])
