@@ -168,7 +168,8 @@ def pieces_of(node: Node, style: Style) -> tuple[Node, Node] | None:
         last = len(shape_of(node)) - 1
         if style == "halves" and dim % (last + 1) == last and len(parts) == 2:
             a, b = parts
-            return (a, b) if shape_of(a)[-1] == shape_of(b)[-1] > 1 else None
+            size = shape_of(a)[-1]
+            return (a, b) if isinstance(size, int) and size == shape_of(b)[-1] and size > 1 else None
     if node.target in VIEWS:
         source = node.all_input_nodes[0]
         size, shape = shape_of(node)[-1], shape_of(source)
@@ -193,7 +194,9 @@ def _stacked(node: Node, dim: int) -> tuple[Node, Node] | None:
 
 
 def _half(size: int, start: int, end: int, step: int) -> tuple[Style, int] | None:
-    """Which half of an axis of `size` elements start:end:step is."""
+    """Which half of an axis of `size` elements start:end:step is; None where one of these is symbolic."""
+    if not all(isinstance(n, int) for n in (size, start, end, step)):
+        return None
     end = min(end, size)
     if step == 2 and start in (0, 1) and end >= size - 1 and size % 2 == 0:
         return "pairs", start

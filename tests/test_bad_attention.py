@@ -240,3 +240,43 @@ def test_threads_that_compile_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and len(fc.reports()) == 4
+
+
+# ---- graphs that once broke a stage of the compiler ----------------------------------------------
+def rotated_in_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A part of each head turns; with dynamic=True its width is a symbol."""
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[-1] // 4 * 2
+        angles = torch.arange(x.shape[2])[:, None] * 0.1 ** torch.arange(n // 2)
+        cos, sin = (torch.cat([t, t], -1).to(x.dtype) for t in (angles.cos(), angles.sin()))
+        a, b = x[..., :n].chunk(2, -1)
+        return torch.cat([x[..., :n] * cos + torch.cat([-b, a], -1) * sin, x[..., n:]], -1)
+
+    return torch.softmax(turned(q) @ turned(k).transpose(-1, -2) * 0.25, -1) @ v
+
+
+def mask_repeated_by_batch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1).repeat(q.shape[0], 1, 1)
+    return torch.softmax((q @ k.transpose(-1, -2) * 0.25).masked_fill(hidden[:, None], float("-inf")), -1) @ v
+
+
+@pytest.mark.parametrize("fn", [rotated_in_part, mask_repeated_by_batch])
+def test_every_size_symbolic(fn: Attention) -> None:
+    given = operands(*[(LENGTH, WIDTH)] * 3)
+    given_options = {"machine": "h200", "remainder": "eager", "strict": True}
+    result = torch.compile(fn, backend=fusion_compiler, options=given_options, dynamic=True)(*given)
+    torch.testing.assert_close(result, fn(*given), rtol=1e-5, atol=1e-6)
+
+
+def test_queries_that_are_read_in_another_order_of_heads() -> None:
+    """Heads repeated as a whole: the queries of one key head are no run of heads, and no strides read them as one."""
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (torch.cat([t, t, t], 1) for t in (k, v))
+        return torch.softmax(torch.tanh(q @ k.transpose(-1, -2) * 0.3), -1) @ v
+
+    heads = torch.randn(2, 6, 16, WIDTH), torch.randn(2, 2, 7, WIDTH), torch.randn(2, 2, 7, WIDTH)
+    starved = dataclasses.replace(machine("h100"), memory_bandwidth=1e6, l2_bandwidth=1e6)
+    report = no_worse_than_eager(fn, *heads, machine=starved)
+    assert any("decode" in d.kernel for d in report.fused), report

@@ -246,7 +246,7 @@ def step(node: Node) -> View | None:
     if target is aten.expand.default:
         return below.expand(shape_of(node))
     if target is aten.repeat.default:
-        counts = [size_of(n) for n in cast(Sequence[int], node.args[1])]
+        counts = [size_of(n.meta["val"] if isinstance(n, Node) else n) for n in cast(Sequence[Any], node.args[1])]
         dims: list[Dim] = [()] * (len(counts) - len(below.dims)) + list(below.dims)
         return below.with_dims(d if same(n, ONE) else (repeat(n), *d) for d, n in zip(dims, counts, strict=True))
     if target in COPIES:

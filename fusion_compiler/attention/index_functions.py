@@ -8,113 +8,36 @@ proved from it later can. Indices are integer symbols that are not negative.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import sympy
 import torch
-from sympy.core.relational import Relational
-from sympy.logic.boolalg import Boolean, BooleanAtom, BooleanFunction
 from torch.fx import Node
 
 from . import axes
+from .choices import (
+    LOAD,
+    ZERO,
+    Choice,
+    Term,
+    as_held,
+    choice,
+    comparable,
+    constant,
+    is_read,
+    is_truth,
+    leaves,
+    lift,
+    number,
+    truth,
+)
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-ZERO = sympy.Integer(0)
 Index = tuple[sympy.Expr, ...]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The number `yes` where `condition` holds, else `no`; both may be choices again."""
-
-    condition: Boolean
-    yes: Any
-    no: Any
-
-
-Term = Any  # a sympy number, a sympy Boolean, or a Choice
-
-
-def is_truth(term: Term) -> bool:
-    """Whether a term is a truth value. (sympy counts every symbol among its Booleans.)"""
-    return isinstance(term, (Relational, BooleanFunction, BooleanAtom))
-
-
-def choice(condition: Boolean, yes: Term, no: Term) -> Term:
-    """A choice, or what it comes down to: `where(i < 1, e(0), e(i))` is e(i)."""
-    if condition == sympy.true or yes == no:
-        return yes
-    if condition == sympy.false:
-        return no
-    if is_truth(yes) or is_truth(no):
-        return sympy.Or(sympy.And(condition, truth(yes)), sympy.And(sympy.Not(condition), truth(no)))
-    first = _fixed_to_zero(condition)
-    if first is not None and isinstance(no, sympy.Expr) and no.subs(first, 0) == yes:
-        return no
-    return Choice(condition, yes, no)
-
-
-def _fixed_to_zero(condition: Boolean) -> sympy.Symbol | None:
-    """The index of which the condition says no more than that it is 0."""
-    if len(condition.free_symbols) != 1 or not isinstance(condition, Relational):
-        return None
-    (symbol,) = condition.free_symbols
-    at_zero, beyond = condition.subs(symbol, 0), condition.subs(symbol, symbol + 1)
-    return cast(sympy.Symbol, symbol) if at_zero == sympy.true and beyond == sympy.false else None
-
-
-def lift(fn: Callable[..., Term], *args: Term) -> Term:
-    """`fn`, a function of numbers, on every branch of its arguments."""
-    for i, a in enumerate(args):
-        if isinstance(a, Choice):
-            branches = (lift(fn, *args[:i], branch, *args[i + 1 :]) for branch in (a.yes, a.no))
-            return choice(a.condition, *branches)
-    return fn(*args)
-
-
-def number(term: Term) -> Term:
-    """A truth value as 0 or 1; a number as it is."""
-    return choice(term, sympy.Integer(1), ZERO) if is_truth(term) else term
-
-
-def truth(term: Term) -> Boolean:
-    """A number as whether it is not 0; a truth value as it is."""
-    return cast(Boolean, term if is_truth(term) else lift(lambda x: sympy.Ne(x, 0), term))
-
-
-def constant(value: Any) -> Term:
-    """A number or truth value of Python as a term."""
-    if isinstance(value, bool):
-        return sympy.true if value else sympy.false
-    if isinstance(value, float):
-        if math.isinf(value):
-            return sympy.oo if value > 0 else -sympy.oo
-        return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 2**53 else sympy.Float(value)
-    return axes.size_of(value)
-
-
-def leaves(term: Term) -> Iterable[tuple[Boolean, sympy.Expr]]:
-    """The numbers a term may be, each with its condition."""
-    term = number(term)
-    if isinstance(term, Choice):
-        for branch, condition in ((term.yes, term.condition), (term.no, sympy.Not(term.condition))):
-            for inner, value in leaves(branch):
-                yield sympy.And(condition, inner), value
-    else:
-        yield sympy.true, term
-
-
-def parts_of(term: Term) -> list[sympy.Basic]:
-    """The formulas that a term is made of: conditions and numbers."""
-    if isinstance(term, Choice):
-        return [term.condition, *parts_of(term.yes), *parts_of(term.no)]
-    return [term]
 
 
 ARITHMETIC: dict[Any, Callable[..., Any]] = {
@@ -142,6 +65,7 @@ class Indexer:
         key = (node, index)
         if key not in self._known:
             term = self._evaluate(node, index)
+            term = None if term is None else as_held(term, node.meta["val"].dtype)
             self._known[key] = self.element(node, index) if term is None else term
         return self._known[key]
 
@@ -151,10 +75,10 @@ class Indexer:
         dtype = value.dtype if isinstance(value, torch.Tensor) else torch.int64
         exact = not dtype.is_floating_point
         if index:
-            head = sympy.Function(f"load_{node.name}", integer=exact or None, real=True)
+            head = sympy.Function(f"{LOAD}{node.name}", integer=exact or None, real=True)
             term = head(*index)
         else:
-            head = term = sympy.Symbol(f"load_{node.name}", integer=exact or None, real=True)
+            head = term = sympy.Symbol(f"{LOAD}{node.name}", integer=exact or None, real=True)
         self.loads[head] = node
         return sympy.Ne(term, 0) if dtype == torch.bool else term
 
@@ -185,11 +109,15 @@ class Indexer:
             return None
         terms = [self._argument(a, index) for a in node.args]
         if packet in LOGIC:
-            tensors = [a for a in node.args if isinstance(a, Node)]
-            booleans = all(a.meta["val"].dtype == torch.bool for a in tensors)
-            return LOGIC[packet](*map(truth, terms)) if booleans or "logical" in str(packet) else None
+            whether = node.meta["val"].dtype == torch.bool  # of integers the operations on bits are of each bit
+            return LOGIC[packet](*map(truth, terms)) if whether else None
         terms = [number(t) for t in terms]
         if packet in RELATIONS:
+            values = [a.meta.get("val") for a in node.args if isinstance(a, Node)]
+            dtypes, ordered = {v.dtype for v in values if isinstance(v, torch.Tensor)}, packet not in (aten.eq, aten.ne)
+            whole = all(x.is_integer for t in terms for _, x in leaves(t))
+            if not all(comparable(t, dtype, ordered=ordered, whole=whole) for t in terms for dtype in dtypes):
+                return None
             return truth(lift(lambda a, b: choice(RELATIONS[packet](a, b), sympy.Integer(1), ZERO), *terms))
         alpha = node.kwargs.get("alpha", 1)
         if alpha != 1:
@@ -214,17 +142,15 @@ class Indexer:
     def _zeros(self, node: Node, index: Index) -> Term:
         return sympy.false if node.meta["val"].dtype == torch.bool else ZERO
 
-    def _cast(self, node: Node, index: Index) -> Term:
+    def _cast(self, node: Node, index: Index) -> Term | None:
+        source = cast(Node, node.args[0]).meta["val"].dtype
         term, dtype = self._argument(node.args[0], index), node.meta["val"].dtype
         if dtype == torch.bool:
             return truth(term)
-
-        def round_constant(x: sympy.Expr) -> sympy.Expr:
-            if not (dtype.is_floating_point and x.is_number):
-                return x
-            return constant(torch.tensor(float(x), dtype=torch.float64).to(dtype).item())
-
-        return lift(round_constant, number(term))
+        narrows = not dtype.is_floating_point and torch.promote_types(source, dtype) != dtype
+        if narrows and any(is_read(x) for _, x in leaves(term)):
+            return None
+        return number(term)
 
     def _where(self, node: Node, index: Index) -> Term:
         condition, yes, no = (self._argument(a, index) for a in node.args)
@@ -261,9 +187,9 @@ class Indexer:
         dim, start, stride = (_or(node.args, i, default) for i, default in ((1, 0), (2, 0), (4, 1)))
         if not all(isinstance(x, (int, torch.SymInt)) for x in (start, stride)):
             return None
-        first, moved = constant(start), list(index)
+        first, moved, size = constant(start), list(index), axes.shape_of(source)[dim]
         if first.is_negative:
-            first += axes.shape_of(source)[dim]
+            first = sympy.Max(first + size, 0)
         moved[dim] = first + index[dim] * constant(stride)
         return self.at(source, tuple(moved))
 

@@ -14,7 +14,8 @@ from sympy.core.relational import Equality, Relational
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .index_functions import ZERO, Indexer
+from .choices import ZERO
+from .index_functions import Indexer
 
 
 @dataclass(frozen=True)

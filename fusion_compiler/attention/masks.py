@@ -26,7 +26,8 @@ from torch.fx import Node
 
 from ..fused import Mask
 from . import axes
-from .index_functions import ZERO, Index, Indexer, leaves, truth
+from .choices import ZERO, leaves, truth
+from .index_functions import Index, Indexer
 from .limits import Extents, Limit, conjuncts, holds, loads_of, named, read, read_from
 
 # Finite fills from here on act as −∞ beside a visible key: float16 has no smaller number, wider dtypes no such scores.

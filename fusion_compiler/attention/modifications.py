@@ -15,7 +15,8 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..fused import Attention, Mask, Modification
-from .index_functions import ZERO, Choice, Indexer, leaves, number, parts_of, truth
+from .choices import ZERO, Choice, leaves, number, parts_of, truth
+from .index_functions import Indexer
 from .limits import Extents, conjuncts, loads_of, read
 from .masks import HIDDEN, Term, limited, sees_a_key
 from .roles import Geometry

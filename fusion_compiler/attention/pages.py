@@ -17,7 +17,8 @@ from torch.fx import Node
 from ..fused import Layout, Mask, Pages
 from . import axes
 from .axes import ONE, Atom, Dim, View
-from .index_functions import ZERO, Indexer
+from .choices import ZERO
+from .index_functions import Indexer
 from .limits import Extents
 from .masks import Term, prove
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from ....attention.operands import named
+from ....attention.operands import arranged, named
 from ....candidates import Candidate, Unavailable
 from ....cost.amounts import amount
 from ....fused import Attention, Codes, Layout, Pages, Site, Size, StoredAttention
@@ -260,10 +260,8 @@ def _readable(builder: Builder, node: Node, layout: Layout) -> tuple[Node, Axes]
     """(node, strides along the documented axes), the node copied only where no strides bring it into the layout."""
     strides = _strides(builder, node.meta["val"], layout)
     if strides is None:
-        node = builder.contiguous(node)
-        strides = _strides(builder, node.meta["val"], layout)
-    if strides is None:
-        raise ValueError(f"{node.name} cannot be read as {tuple(layout.shape)} without a copy")
+        node = arranged(builder, node, dataclasses.replace(layout, dtype=node.meta["val"].dtype))
+        strides = _spread(node.meta["val"])
     return node, strides
 
 

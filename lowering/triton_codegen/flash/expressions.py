@@ -15,11 +15,12 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from ....attention.index_functions import Choice, is_truth
+from ....attention.choices import Choice, is_truth
 from ....candidates import Amount
 from .sizes import Unprintable, size_text
 
 EXACT = 2**24  # positions below are whole numbers in float32
+NARROW = (torch.uint8, torch.int8, torch.int16)  # differences of which would wrap around
 _NAMES = {"batch": "batch", "head": "head", "query": "rows", "key": "keys"}
 _RELATIONS = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
 
@@ -132,7 +133,8 @@ class Printer:
         for symbol, bound in self.bounds.items():
             if bound and any(str(s) == symbol for s in term.free_symbols):
                 conditions.append(f"({bound})")
-        return f"tl.load({place}{', mask=' + ' & '.join(conditions) + ', other=0' if conditions else ''})"
+        loaded = f"tl.load({place}{', mask=' + ' & '.join(conditions) + ', other=0' if conditions else ''})"
+        return f"{loaded}.to(tl.int32)" if read.dtype in NARROW else loaded
 
 
 _MINMAX = {sympy.Min: "tl.minimum", sympy.Max: "tl.maximum"}

@@ -17,7 +17,7 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
-from ....attention.index_functions import parts_of
+from ....attention.choices import parts_of
 from ....candidates import Amount, Candidate, Traffic, Unavailable
 from ....cost.amounts import amount, ceil_div, maximum
 from ....cost.roofline import attention_traffic, visible_keys

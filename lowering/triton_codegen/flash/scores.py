@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 
-from ....attention.index_functions import Choice, is_truth
+from ....attention.choices import Choice, is_truth
 from ....cost.amounts import amount
 from ....fused import Attention, Modification
 from .expressions import EXACT, Printer, Read, reads_in
