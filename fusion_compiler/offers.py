@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .candidates import Candidate, Lowering, Unavailable
-from .fused import Declared, FusedOp, MatmulFamily, MatmulGroup, Site, StoredAttention
+from .fused import Declared, FusedOp, MatmulFamily, MatmulGroup, RopeCache, Site, StoredAttention
 from .legality import Legality, is_empty
 from .machine import Machine
 from .match import Match
@@ -46,7 +46,7 @@ def offers_of(match: Match, legality: Legality, target: Machine, offering: Seque
     offers = []
     for op, site in ((match.op, match.site), *match.alternatives):
         packed = isinstance(op, (MatmulFamily, MatmulGroup)) and any(part.packed for part in op.parts)
-        codes = isinstance(op, StoredAttention) or packed
+        codes = isinstance(op, StoredAttention) or packed or (isinstance(op, RopeCache) and op.codes is not None)
         refusal = legality.check(site, complex_numbers=isinstance(op, Declared), codes=codes)
         if refusal is None:
             offers.append(offer(op, site, target, offering))

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
+from .cache_codes import Rows, exchanges, rows_of, unswapped
 from .cache_writes import Write, written
-from .fused import Declared, RopeCache, RowNorm
-from .halves import SAME
+from .fused import CacheCodes, Declared, RopeCache, RowNorm
 from .match import Match, NearMiss
 from .raising.registry import arguments
 from .rope import UNBOUND_ANGLES, complex_rope, find_rope, rope
@@ -25,8 +24,8 @@ from .sites import site_of
 
 aten = torch.ops.aten
 PATTERN = "rope_cache"
-SWAPPED = [0, 2, 1, 3]
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+ARITHMETIC = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
 FEW = 64  # up to so many tokens a linear is likely a generated kernel, which writes the cast of its result that follows
 
 
@@ -66,14 +65,20 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
     misses: list[NearMiss] = []
     taken: set[Node] = set()
     for keys in writes:
-        turned, swapped = _unswapped(keys.rows)
-        tokens_first = swapped != keys.tokens_first
+        rows = rows_of(keys.rows, keys.tokens_first, rotations)
+        turned, tokens_first = rows.node, rows.tokens_first
         if turned not in rotations:
             between = _between(view, keys, ropes)
             misses += [NearMiss(PATTERN, keys.node, between, keys.node)] if between else []
             continue
+        product = _product(rotations[turned])
+        if rows.steps and product is None:
+            why = f"{keys.node.name} writes codes of keys that are turned in several dtypes, each of which rounds"
+            misses.append(NearMiss(PATTERN, keys.node, why, keys.node))
+            continue
         values = [w for w in writes if w is not keys and w.at == keys.at and _alike(w, keys)]
-        values = [w for w in values if w.node not in taken and _unswapped(w.rows)[0] not in rotations]
+        values = [w for w in values if w.node not in taken and rows_of(w.rows, False, rotations).node not in rotations]
+        values = [w for w in values if bool(rows_of(w.rows, False).steps) == bool(rows.steps)]
         angles = rotations[turned].angles
         others = [r for r in rotations if r not in taken and r is not turned and _turns(view, rotations[r], angles)]
         others = [r for r in others if rotations[r].rotary == rotations[turned].rotary]
@@ -91,7 +96,7 @@ def find_rope_cache(view: SemanticView) -> tuple[list[Match], list[NearMiss]]:
         query, value = min(others, key=distance), min((w.node for w in values), key=distance)
         taken |= {query, turned, value, keys.node}
         beside = next(w for w in values if w.node is value)
-        matches.append(_match(view, rotations[query], rotations[turned], keys, beside, tokens_first))
+        matches.append(_match(view, rotations[query], rotations[turned], keys, rows, beside))
     return matches, misses
 
 
@@ -120,9 +125,9 @@ def _between(view: SemanticView, write: Write, ropes: Sequence[Match]) -> str:
         return f"{written}, but as complex numbers; the kernel reads real ones, as in x·cos + rotate_half(x)·sin"
     if function is not rope:
         return f"{written}, but {UNBOUND_ANGLES}; the kernel reads those of x·cos + rotate_half(x)·sin"
-    if view.value(_unswapped(write.rows)[0]).op == "rms_norm":
+    if view.value(unswapped(write.rows)[0]).op == "rms_norm":
         return f"{written}, but normalised behind the rotation; a norm in front of it would be part of the kernel"
-    return f"{written}, but {_unswapped(write.rows)[0].name} stands between them; the kernel writes what it has turned"
+    return f"{written}, but {unswapped(write.rows)[0].name} stands between them; the kernel writes what it has turned"
 
 
 def _partly(view: SemanticView, whole: dict[Node, Turned], node: Node) -> Turned | None:
@@ -133,7 +138,7 @@ def _partly(view: SemanticView, whole: dict[Node, Turned], node: Node) -> Turned
     shape = shape_of(node)
     if len(parts) != 2 or dim % len(shape) != len(shape) - 1:
         return None
-    turned, rest, width = whole.get(_unswapped(parts[0])[0]), _slice(parts[1]), shape_of(parts[0])[-1]
+    turned, rest, width = whole.get(unswapped(parts[0])[0]), _slice(parts[1]), shape_of(parts[0])[-1]
     first = _slice(turned.x) if turned is not None else None
     if turned is None or first is None or rest is None or (first[1], rest[1]) != (0, width):
         return None
@@ -150,31 +155,20 @@ def _slice(node: Node) -> tuple[Node, int] | None:
     return (x, first or 0) if dim % (last + 1) == last and step == 1 else None
 
 
-def _unswapped(node: Node) -> tuple[Node, bool]:
-    """(the node that casts and copies are made of, whether its second and third axis are exchanged on the way)."""
-    swapped = False
-    while True:
-        if node.target in SAME and node.all_input_nodes[0].meta["val"].dtype == node.meta["val"].dtype:
-            node = node.all_input_nodes[0]
-        elif _exchanges(node):
-            node, swapped = node.all_input_nodes[0], not swapped
-        else:
-            return node, swapped
-
-
-def _exchanges(node: Node) -> bool:
-    """Whether a node exchanges the second and the third of four axes."""
-    order: Any = node.args[1] if node.target is aten.permute.default else ()
-    return [d % 4 for d in order] == SWAPPED
-
-
 def _same(view: SemanticView, a: Node, b: Node) -> bool:
     return a is b or view.value(a) is view.value(b)
 
 
 def _alike(values: Write, keys: Write) -> bool:
-    """Whether two caches have the same heads and positions."""
-    return shape_of(values.cache)[:3] == shape_of(keys.cache)[:3] and values.shape[:3] == keys.shape[:3]
+    """Whether two caches have the same heads, positions and dtype."""
+    same = values.cache.meta["val"].dtype == keys.cache.meta["val"].dtype
+    return same and shape_of(values.cache)[:3] == shape_of(keys.cache)[:3] and values.shape[:3] == keys.shape[:3]
+
+
+def _product(rotation: Turned) -> torch.dtype | None:
+    """The one dtype that the products of a rotation and their sums are rounded to."""
+    found = {n.meta["val"].dtype for n in rotation.match.site.interior if n.target in ARITHMETIC}
+    return found.pop() if len(found) == 1 else None
 
 
 def _turns(view: SemanticView, rotation: Turned, angles: Sequence[Node]) -> bool:
@@ -188,28 +182,36 @@ def _is_query(query: Node, keys: Node, tokens_first: bool) -> bool:
     return len(q) == 4 and [q[d] for d in beside] == [k[d] for d in beside] and q[head] % k[head] == 0
 
 
-def _match(view: SemanticView, query: Turned, key: Turned, keys: Write, values: Write, tokens_first: bool) -> Match:
-    q, k = (_source(view, turned.x) for turned in (query, key))
+def _match(view: SemanticView, query: Turned, key: Turned, keys: Write, rows: Rows, values: Write) -> Match:
+    # of keys that are rounded to codes a norm stays where it is: its sums, taken in another order, would change codes
+    q, k = _source(view, query.x), Source(key.x) if rows.steps else _source(view, key.x)
+    tokens_first, product = rows.tokens_first, _product(key)
+    v = rows_of(values.rows, values.tokens_first) if rows.steps else Rows(values.rows, values.tokens_first)
+    codes = None
+    if rows.steps and product is not None:
+        codes = CacheCodes(product, key.node.meta["val"].dtype, rows.steps, v.steps)
+    scales = [scale for scale in (rows.scale, v.scale) if scale is not None]
     out, swapped = _seen_as(query.node)
     outputs = sorted((out, keys.node, values.node))
     names = {out: "out", keys.node: "keys", values.node: "values"}
     last, others = outputs[-1], tuple(outputs[:-1])
     weights = [s.weight for s in (q, k) if s.weight is not None]
     index = (keys.at.node,) if keys.at.node is not None else ()
-    operands = (q.node, k.node, values.rows, *key.angles, keys.cache, values.cache, *index, *weights)
+    operands = (q.node, k.node, v.node, *key.angles, keys.cache, values.cache, *index, *weights, *scales)
     first = {
         "q": tokens_first ^ q.swapped, "k": tokens_first ^ k.swapped, "out": tokens_first ^ swapped,
-        "angles": tokens_first, "v": values.tokens_first,
+        "angles": tokens_first, "v": v.tokens_first, "key_scale": rows.scale_tokens_first,
+        "value_scale": v.scale_tokens_first,
     }  # fmt: skip
     assert isinstance(key.match.op, Declared)
     batch, kv_heads, cache_length, width = shape_of(keys.cache)
     op = RopeCache(
         batch=batch, heads=shape_of(query.node)[2 if tokens_first else 1], kv_heads=kv_heads,
         length=keys.shape[2], cache_length=cache_length, head_dim=width, v_dim=shape_of(values.cache)[3],
-        results=tuple(names[n] for n in (last, *others)), dtype=keys.cache.meta["val"].dtype,
+        results=tuple(names[n] for n in (last, *others)), dtype=query.node.meta["val"].dtype,
         interleaved=bool(key.match.op.arguments[-1]), tokens_first=frozenset(n for n in first if first[n]),
         index=keys.at.kind, offset=keys.at.offset, q_norm=q.norm, k_norm=k.norm,
-        rotary=key.rotary,
+        rotary=key.rotary, codes=codes,
     )  # fmt: skip
     return Match(PATTERN, op, site_of(view, last, operands, others))
 
@@ -217,12 +219,12 @@ def _match(view: SemanticView, query: Turned, key: Turned, keys: Write, values: 
 def _seen_as(node: Node) -> tuple[Node, bool]:
     """`node`, or what alone reads it and exchanges its second and third axis, and whether it is that."""
     reader = next(iter(node.users)) if len(node.users) == 1 else node
-    return (reader, True) if _exchanges(reader) else (node, False)
+    return (reader, True) if exchanges(reader) else (node, False)
 
 
 def _source(view: SemanticView, node: Node) -> Source:
     """`node`, or what it is the norm of each head of."""
-    normed, swapped = _unswapped(node)
+    normed, swapped = unswapped(node)
     value = view.value(normed)
     if value.op != "rms_norm" or value.attr("size") != shape_of(node)[-1]:
         return Source(node)

@@ -10,7 +10,7 @@ from .attention import WORD, Attention, Codes, Layout, Mask, Modification, Pages
 from .counters import Counters
 from .declared import Declared
 from .matmul import Extra, MatmulFamily, MatmulGroup, Packed, PerGroup, RowNorm
-from .rope_cache import RopeCache
+from .rope_cache import CacheCodes, CacheStep, RopeCache
 from .rows import RowReduction
 from .site import Site
 from .size import Size
@@ -20,6 +20,8 @@ FusedOp = MatmulFamily | MatmulGroup | RowReduction | Attention | StoredAttentio
 __all__ = [
     "WORD",
     "Attention",
+    "CacheCodes",
+    "CacheStep",
     "Codes",
     "Counters",
     "Declared",

@@ -1,7 +1,8 @@
 """Rotation of queries and keys, their norms and the write into a static cache, as one generated Triton kernel.
 
 A program takes some tokens of one head: of the queries, the keys or the values. Everything is float32 between loading
-and storing. What lies beyond the cache is not written.
+and storing, but for rows that become codes: they go through the operations of the graph one by one, each rounded as
+there (`steps`). What lies beyond the cache is not written.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 
 from ...candidates import Candidate, Traffic, Unavailable
 from ...cost.efficiency import efficiency
-from ...fused import RopeCache, RowNorm, Site
+from ...fused import CacheStep, RopeCache, RowNorm, Site
 from ...machine import Machine
 from ...reasons import ON_CPU
 from ...splice import load_kernel
+from .cache_codes import code_statements, rounded
 from .pointwise import literal
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ class Reading:
     out: Strides
     halves: bool  # cos and sin are given for half of the columns
     index: Strides = ()  # of indices, along batch and tokens
+    key_scale: Strides = ()
+    value_scale: Strides = ()
+    rounded_scales: frozenset[str] = frozenset()  # those of no dimensions, which half precision rounds before use
 
 
 def candidates(op: RopeCache, machine: Machine) -> list[Candidate] | Unavailable:
@@ -66,6 +71,7 @@ def candidates(op: RopeCache, machine: Machine) -> list[Candidate] | Unavailable
                 ("index", op.index),
                 ("rotary", op.rotary or op.head_dim),
                 ("norms", sum(norm is not None for norm in (op.q_norm, op.k_norm))),
+                ("codes", "none" if op.codes is None else str(op.codes.dtype)),
             ),
         )
     ]
@@ -78,6 +84,9 @@ def _refusal(op: RopeCache, machine: Machine) -> str | None:
         return f"the generator makes kernels for bfloat16, float16 and float32, not {op.dtype}"
     if op.dtype == torch.bfloat16 and torch.bfloat16 not in machine.flops:
         return f"{machine.name} ({machine.arch}) has no bfloat16 units; use float16 there"
+    narrow = op.codes is not None and op.codes.dtype.is_floating_point
+    if narrow and not (machine.kind == "cuda" and machine.capability >= 89):
+        return f"{machine.name} ({machine.arch}) has no instructions that make float8"
     return None
 
 
@@ -92,7 +101,11 @@ def traffic(op: RopeCache) -> Traffic:
     turned = rows * (op.heads + op.kv_heads) * op.head_dim
     copied = rows * op.kv_heads * op.v_dim
     moved = op.dtype.itemsize * (turned + copied)
-    return Traffic(6 * turned, moved + 2 * op.dtype.itemsize * op.length * op.head_dim, moved, 1)
+    written = moved
+    if op.codes is not None:
+        held = rows * op.kv_heads * (op.head_dim + op.v_dim)
+        written = moved - (op.dtype.itemsize - op.codes.dtype.itemsize) * held
+    return Traffic(6 * turned, moved + 2 * op.dtype.itemsize * op.length * op.head_dim, written, 1)
 
 
 def seconds(moved: Traffic, machine: Machine) -> Any:
@@ -111,7 +124,8 @@ def argument_names(op: RopeCache) -> list[str]:
         f"{n}_weight" for n, norm in (("q", op.q_norm), ("k", op.k_norm)) if norm is not None and norm.has_weight
     ]
     index = ["index"] if op.index != "none" else []
-    return ["q", "k", "v", "cos", "sin", "keys", "values", *index, *weights, "out"]
+    scales = op.codes.scales if op.codes is not None else ()
+    return ["q", "k", "v", "cos", "sin", "keys", "values", *index, *weights, *scales, "out"]
 
 
 class _Writer:
@@ -169,7 +183,12 @@ class _Writer:
         head = f"(head - {op.heads + op.kv_heads})"
         source = self.place("v", r.v, head=head, row="token", column="column")
         target = self.place("values", r.values, head=head, row="at", column="column")
-        self.emit(f"tl.store({target}, tl.load({source}, mask=row_in{inside}), mask=held{inside})")
+        if op.codes is None:
+            self.emit(f"tl.store({target}, tl.load({source}, mask=row_in{inside}), mask=held{inside})")
+        else:
+            self.scale("value_scale", r.value_scale, head)
+            self.emit(f"c = tl.load({source}, mask=row_in{inside}, other=0.0).to(tl.float32)")
+            self.emit(f"tl.store({target}, {self.coded('c', op.codes.values, 'value_scale')}, mask=held{inside})")
         head_lines = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {NAME}("]
         return "\n".join([*head_lines, *(f"    {a}," for a in argument_names(op)), "):", *self.lines]) + "\n"
 
@@ -200,16 +219,46 @@ class _Writer:
                     load = f"tl.load({name}_weight + {column}{f', mask={bound}, other=0.0' if bound else ''})"
                     weight = f" * ({load}.to(tl.float32) + {literal(norm.offset)})"
                 self.emit(f"{part} = {part} * scale{weight}")
+        codes = self.op.codes if name == "k" else None
+        product = codes.product if codes is not None else None
+        if codes is not None:
+            self.scale("key_scale", self.reading.key_scale, head)
         if rest:
             at = self.place(out, to, head=head, row=row, column="rest")
-            self.emit(f"tl.store({at}, c, mask={mask}{beyond})")
+            value = "c" if codes is None else self.coded("c", codes.keys, "key_scale")
+            self.emit(f"tl.store({at}, {value}, mask={mask}{beyond})")
         for part, value in (
-            ("first", "a * cos_first - b * sin_first"), ("second", "b * cos_second + a * sin_second"),
-        ):  # fmt: skip
-            self.emit(
-                f"tl.store({self.place(out, to, head=head, row=row, column=part)}, {value}, mask={mask}{self.inside})"
-            )
+            ("first", self.turned("a", "first", "-", "b", product)),
+            ("second", self.turned("b", "second", "+", "a", product)),
+        ):
+            at = self.place(out, to, head=head, row=row, column=part)
+            if codes is not None:
+                self.emit(f"{part}_turned = {rounded(value, codes.turned)}")
+                value = self.coded(f"{part}_turned", codes.keys, "key_scale")
+            self.emit(f"tl.store({at}, {value}, mask={mask}{self.inside})")
         self.level -= 1
+
+    def turned(self, x: str, side: str, sign: str, y: str, product: torch.dtype | None = None) -> str:
+        """A turned half; with `product`, of products that are rounded to it."""
+        if product is None:
+            return f"{x} * cos_{side} {sign} {y} * sin_{side}"
+        # in float64 a product of float32 is exact: rounded by itself, and not in one step with the sum
+        exact = "({}.to(tl.float64) * {}.to(tl.float64)).to(tl.float32)" if product == torch.float32 else "({} * {})"
+        left, right = (rounded(exact.format(*pair), product) for pair in ((x, f"cos_{side}"), (y, f"sin_{side}")))
+        return rounded(f"{left} {sign} {right}", product)
+
+    def scale(self, name: str, strides: Strides, head: str) -> None:
+        """The scale of a head, where there is one."""
+        if not strides:
+            return
+        at = self.place(name, strides, head=head, row="0", column="0")
+        batched = strides[0] != 0
+        self.emit(f"{name}_here = tl.load({at}{', mask=row_in, other=1.0' if batched else ''}).to(tl.float32)")
+
+    def coded(self, value: str, steps: tuple[CacheStep, ...], scale: str) -> str:
+        """Emits what makes codes of `value`; returns their name."""
+        self.emit(*code_statements(value, steps, f"{scale}_here", scale in self.reading.rounded_scales))
+        return "code"
 
 
 def _power_of_two(at_least: int) -> int:
@@ -234,11 +283,21 @@ def emit(op: RopeCache, builder: Builder, site: Site) -> tuple[Node, ...]:
         swapped = ("angles" if name in ("cos", "sin") else name) in op.tokens_first
         return tuple(found[d] for d in (SWAPPED if swapped else range(4)))
 
+    def strides_of_scale(name: str) -> Strides:
+        shape = (1,) * (4 - values[name].dim()) + tuple(values[name].shape)
+        steps = (0,) * (4 - values[name].dim()) + values[name].stride()
+        found = [0 if n == 1 else int(s) for n, s in zip(shape, steps, strict=True)]
+        return tuple(found[d] for d in (SWAPPED if name in op.tokens_first else range(4)))
+
     places = {name: strides(name) for name in ("q", "k", "v", "cos", "sin", "keys", "values", "out")}
     index = ()
     if op.index in ("indices", "sequences"):
         index = (*(() if op.index == "sequences" else (0,)), *map(int, values["index"].stride()), 0)[:2]
-    reading = Reading(**places, halves=width * 2 == (op.rotary or op.head_dim), index=index)
+    scales = {name: strides_of_scale(name) for name in (op.codes.scales if op.codes is not None else ())}
+    narrowed = frozenset(name for name in scales if values[name].dim() == 0)
+    reading = Reading(
+        **places, **scales, rounded_scales=narrowed, halves=width * 2 == (op.rotary or op.head_dim), index=index
+    )
     blocks = -(-op.batch * op.length // tokens(op))
     done = builder.triton(
         load_kernel(write(op, reading), NAME), (blocks * (op.heads + 2 * op.kv_heads),), nodes,
