@@ -4,6 +4,7 @@ alone on the device (compiling takes far longer than measuring), and figures of 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -68,12 +69,13 @@ def measured(
         process = processes.Process(target=_work, args=given, daemon=True)
         process.name = ", ".join(item.name for item in items[first::jobs])
         process.start()
+        theirs.close()  # else a process that dies would be waited for
         running.append((ours, process))
     prepared = [(pipe, process) for pipe, process in running if _ready(pipe, process, began + seconds)]
     print(f"prepared in {time.time() - began:.0f} s", file=sys.stderr, flush=True)
     for pipe, process in prepared:
         pipe.send("your turn")
-        for figures in iter(pipe.recv, None):
+        for figures in iter(functools.partial(_told, pipe, process), None):
             if isinstance(figures, dict):
                 yield figures
             else:
@@ -98,6 +100,7 @@ def _work(items: Sequence[Any], prepare: Prepare, pipe: Connection, until: float
     """Prepares items as long as there is time to begin one, waits for its turn, measures one after the other and sends
     the figures (or what failed)."""
     turns: dict[Any, Callable[[], dict[str, Any]]] = {}
+    torch.set_num_threads(1)  # the cores are taken by the other processes: threads of each would wait for each other
     # every item adds a specialisation of the same function, none of which may fall back to eager
     torch._dynamo.config.recompile_limit = 8 * len(items)
     with torch.no_grad():
@@ -123,13 +126,23 @@ def _work(items: Sequence[Any], prepare: Prepare, pipe: Connection, until: float
 def _ready(pipe: Connection, process: BaseProcess, until: float) -> bool:
     """Whether a process has prepared its items by then; if not, it is ended, since it would disturb the others."""
     while pipe.poll(None if until == math.inf else max(0.0, until - time.time())):
-        problem = pipe.recv()
+        problem = _told(pipe, process)
         if problem is None:
-            return True
+            return process.is_alive()
         print(problem, file=sys.stderr, flush=True)
     print(f"{process.name}: not prepared in time", file=sys.stderr, flush=True)
     process.terminate()
     return False
+
+
+def _told(pipe: Connection, process: BaseProcess) -> Any:
+    """What a process sends next, None at the end of it, which a process that died has reached as well."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        print(f"{process.name}: the process died with {process.exitcode}", file=sys.stderr, flush=True)
+        return None
 
 
 def merged(parts: Sequence[Path], order: Callable[[dict[str, Any]], Any], into: Path | None) -> list[dict[str, Any]]:
