@@ -23,17 +23,18 @@ from fusion_compiler.splice import load_kernel
 HALF = torch.float16
 
 
-@pytest.mark.parametrize(("rows", "shares"), [(5, 2), (16, 4), (16, 1)])
+@pytest.mark.parametrize(("rows", "shares"), [(5, 2), (16, 4), (16, 1), (40, 2)])
 def test_programs_that_share_k_add_up_what_each_has_left(rows, shares):
     model, x = Split(n=128, k=1024), torch.randn(rows, 1024, dtype=HALF)
     packed = Packed("halves", 0, 512, 16, PerGroup(HALF, 32, 0, 32, 1), 8.0)
     bias = Algebra().make("extra", index=0)
     epilogue = Algebra().add(Algebra().make("acc", index=0), bias)
     op = MatmulFamily(rows, 1024, 128, 1, None, epilogue, (Extra("col", HALF),), HALF, HALF, packed=(packed,))
-    plan = Plan("split", 16, 64, 256, 2, 3, splits=shares)
+    padded = 16 if rows <= 16 else 64
+    plan = Plan("split", padded, 64, 256, 2 if rows <= 16 else 4, 3, splits=shares)
     source = PackedSplit(op, plan, facts(op, plan), native=False).write()
     out, added = torch.full((rows, 128), torch.nan, dtype=HALF), torch.randn(128, dtype=HALF)
-    arrivals, partial = torch.zeros(2, dtype=torch.int32), torch.full((2 * shares * 16 * 64,), torch.nan)
+    arrivals, partial = torch.zeros(2, dtype=torch.int32), torch.full((2 * shares * padded * 64,), torch.nan)
     work = [partial, arrivals] if shares > 1 else []
     kernel = load_kernel(source.text, source.name)
     for _ in range(2):  # the second call finds the workspace as the first has left it
@@ -88,6 +89,7 @@ def compile_all() -> list[tuple[str, int]]:
         (split, 64, HALF, 90),
         (split, 8, torch.bfloat16, 90),
         (split, 128, HALF, 90),
+        (split, 32, torch.bfloat16, 80),
         (split, 4, torch.bfloat16, 80),
         (raw, 1, HALF, 90),
         (words, 16, torch.bfloat16, 90),
@@ -117,5 +119,5 @@ def compile_all() -> list[tuple[str, int]]:
 
 def test_kernels_compile_without_spilling():
     found = ahead_of_time.compile_all("test_packed_kernels")
-    assert {"split8", "tile128"} <= {kernel.split("_")[0] for kernel, _ in found}, found
-    assert len(found) == 7 and not [kernel for kernel in found if kernel[1]]
+    assert {"split8", "split32", "split64", "tile128"} <= {kernel.split("_")[0] for kernel, _ in found}, found
+    assert len(found) == 8 and not [kernel for kernel in found if kernel[1]]

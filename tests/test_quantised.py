@@ -272,8 +272,10 @@ def test_codes_take_some_hundred_rows_and_inductor_the_rest():
 
 def test_few_features_share_k():
     for k, n in ((14336, 4096), (4096, 4096)):
-        report = fc.explain(Split(k, n), torch.randn(16, k, dtype=HALF), machine="h200")
-        assert "split16" in report.fused[0].kernel
+        model = Split(k, n)
+        for rows in (16, 64):
+            report = fc.explain(model, torch.randn(rows, k, dtype=HALF), machine="h200")
+            assert f"split{rows}" in report.fused[0].kernel
 
 
 @pytest.mark.parametrize("rows", [65, 256])

@@ -18,6 +18,7 @@ from .packed_direct_source import GROUP
 from .plans import Plan
 
 MOST_ROWS = 16
+FEW_ROWS = 4
 STEP = 512  # elements of K: 16 bytes of codes for each thread and row
 WARPS = 4
 
@@ -68,7 +69,9 @@ def seconds(op: MatmulFamily | MatmulGroup, plan: Plan, machine: Machine, known:
     steps = int(op.whole.k) // (plan.splits * STEP)
     together = math.ceil(columns(op, plan) * plan.splits / machine.num_sms)
     kind = "pair" if op.whole.weights > 1 else "ahead" if plan.slices > 1 else "one"
-    measured = known["step"][kind][f"{plan.rows}x{plan.block_n}"]
+    # where few rows of eight are read, more of x stays in L1
+    steps_of, few = known["step"][kind], isinstance(op.m, int) and op.m <= FEW_ROWS
+    measured = steps_of[f"{plan.rows}x{plan.block_n}"] | (steps_of.get(f"{FEW_ROWS}x{plan.block_n}", {}) if few else {})
     if str(together) not in measured:
         return math.inf
     # measured at the bandwidth of this machine; others take as much longer

@@ -2,7 +2,8 @@
 
 gemv: seconds = start + bytes / bandwidth, in whole rounds of the programs that run at once
 swap: seconds = start + steps · step + bytes / rate + x once per block from L2
-split: seconds = start + steps of the programs on one multiprocessor · step, and more where they take rounds
+split: as swap, + sums of the shares, for more than 16 rows; for fewer
+       seconds = start + steps of the programs on one multiprocessor · step, and more where they take rounds
 tile: seconds = start + rounds of the programs that run at once · steps · step
 
 The constants are measured (packed.json, with device, date and versions); they serve other machines until they have
@@ -86,10 +87,13 @@ def plans(op: Matmuls, rows: int) -> list[Plan]:
 
 
 def _split_plans(op: MatmulFamily, padded: int) -> list[Plan]:
-    if padded > SPLIT_ROWS or not _as_measured(op) or int(op.n) % 64:
+    if not _as_measured(op) or int(op.n) % 64:
         return []
     steps, rest = divmod(int(op.k), 256)
     wanted = [splits for splits in (1, 2, 4, 8) if not rest and not steps % splits and steps >= 2 * splits]
+    if padded > SPLIT_ROWS:  # the tiles of swap
+        shared = itertools.product((64, 128), (splits for splits in wanted if splits > 1))
+        return [Plan("split", padded, n, 256, 4, 3, splits=splits) for n, splits in shared if not int(op.n) % n]
     found = [Plan("split", padded, 64, 256, 2, 3, splits=splits) for splits in wanted]
     return found + ([Plan("split", 16, 64, 512, 2, 3)] if padded == 16 and int(op.k) % 512 == 0 else [])
 
@@ -152,21 +156,26 @@ def seconds(op: Matmuls, plan: Plan, machine: Machine, rows: int) -> float:
         return packed_direct.seconds(op, plan, machine, constants()["direct"])
     if plan.kind == "tile":
         return _tile_seconds(op, plan, machine, rows)
-    if plan.kind == "split":
+    if plan.kind == "split" and plan.rows <= SPLIT_ROWS:
         return _split_seconds(op, plan, machine)
     known = constants()["swap"]
     traffic = matmul_traffic(op)
     moved = float(sympy.sympify(traffic.bytes_read + traffic.bytes_written).subs(amount(op.m), rows))
     blocks = math.ceil(int(op.n) / plan.block_n)
     x = op.dtype.itemsize * rows * int(op.k) * blocks
-    # too few blocks cannot draw what the machine has
-    reached = known["rate"] * machine.memory_bandwidth * min(1.0, blocks / (known["saturating"] * machine.num_sms))
-    steps = int(op.k) // plan.block_k * (known["step"] + known["step_element"] * plan.block_k)
+    if plan.splits > 1 and blocks * plan.splits > machine.num_sms:
+        return math.inf  # a share would wait for another to end
+    # too few programs cannot draw what the machine has
+    drawing = min(1.0, blocks * plan.splits / (known["saturating"] * machine.num_sms))
+    reached = known["rate"] * machine.memory_bandwidth * drawing
+    steps = int(op.k) // plan.block_k // plan.splits * (known["step"] + known["step_element"] * plan.block_k)
     unaligned = known["unaligned"] if any(p.order == "halves" and p.block != 16 for p in op.packed) else 1.0
     codes = "float8" if op.packed[0].float8 else op.packed[0].order
     slower = known["order"][codes] * (known["pair"] if op.weights > 1 and plan.rows > 8 else 1.0)
     work = known["start"] + steps + unaligned * moved / reached + x / machine.l2_bandwidth
-    return float(machine.launch_overhead + slower * work)
+    # every share's sums are written, and read by one program
+    gathering = known["gather"] * plan.splits * plan.rows * plan.block_n if plan.splits > 1 else 0.0
+    return float(machine.launch_overhead + slower * work + gathering)
 
 
 def _split_seconds(op: MatmulFamily, plan: Plan, machine: Machine) -> float:

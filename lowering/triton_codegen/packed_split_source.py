@@ -1,5 +1,4 @@
-"""Writes the kernel for up to 16 rows of x and packed weights whose blocks share K, or walk it alone, with low and high
-codes as two products."""
+"""Writes the kernel for up to 64 rows of x and packed weights whose blocks share K, or for up to 16 walk it alone."""
 
 from __future__ import annotations
 
@@ -11,7 +10,8 @@ from .writer import Facts
 
 
 class PackedSplit(Split, PackedSwap):
-    """`Split` on packed weights; x comes in one piece, and its columns are taken from each other in registers."""
+    """`Split` on packed weights. x comes in one piece. For up to 16 rows low and high codes are two products, whose
+    columns of x are taken from each other in registers; for more, that would be the larger work."""
 
     def __init__(self, op: MatmulFamily, plan: Plan, known: Facts, *, native: bool) -> None:
         super().__init__(op, plan, known, native=native)
@@ -20,7 +20,7 @@ class PackedSplit(Split, PackedSwap):
 
     @property
     def apart(self) -> bool:
-        return self.order == "halves"
+        return self.order == "halves" and self.plan.rows <= 16
 
     def x_parts(self) -> None:
         rows, blocks = self.plan.rows, "BLOCK_K // 32"
