@@ -20,11 +20,11 @@ from .cost.amounts import at
 from .cost.amounts import fixed as fixed_at
 from .cost.crossover import common, sizes
 from .cost.roofline import matmul_facts
-from .fused import FusedOp, MatmulFamily, Site
+from .fused import FusedOp, MatmulFamily, Site, StoredAttention
 from .machine import Machine
 from .match import Match
 from .offers import Offer
-from .reasons import FEW_RANGES, UNGUARDED, fused_reason, kept_reason
+from .reasons import FEW_RANGES, UNGUARDED, fused_reason, in_front_reason, kept_reason
 from .report import Decision, Option, Range, Verdict, Work, where
 from .rivals import Bounds, Price, Rivals, Way, replaced, rivals
 
@@ -229,8 +229,9 @@ class _Context:
     def _reason(self, way: Way | None, sizes: Mapping[sympy.Symbol, int]) -> str:
         before = Work.of(self.rivals.before.traffic, self.rivals.before.seconds, sizes)
         if way is not None:
-            return fused_reason(self.rivals.match.op, before, Work.of(way.traffic, way.seconds, sizes), way.measured)
-        usable = [w for w in self.rivals.ways if fixed_at(w.candidate.valid, sizes) in (True, sympy.true)]
+            after = Work.of(way.traffic, way.seconds, sizes)
+            return fused_reason(self.rivals.match.op, before, after, way.measured) + self._in_front(way, after, sizes)
+        usable = self._usable(sizes)
         best = min(usable, key=lambda w: at(w.seconds, sizes), default=None)
         unavailable = [u.reason for o in self.rivals.offers for _, u in o.unavailable]
         invalid = [w.candidate for w in self.rivals.ways if w not in usable]
@@ -242,6 +243,19 @@ class _Context:
             error=at(best.candidate.error, sizes) if best else MARGIN, severed=severed,
             given_up=UNGUARDED if self.whole else FEW_RANGES,
         )  # fmt: skip
+
+    def _usable(self, sizes: Mapping[sympy.Symbol, int]) -> list[Way]:
+        return [w for w in self.rivals.ways if fixed_at(w.candidate.valid, sizes) in (True, sympy.true)]
+
+    def _in_front(self, way: Way, after: Work, sizes: Mapping[sympy.Symbol, int]) -> str:
+        """Why what is stored is not read as it is by the kernel that won, where that might be."""
+        stored = [o for o in self.rivals.offers if isinstance(o.op, StoredAttention)]
+        if not stored or isinstance(way.offer.op, StoredAttention):
+            return ""
+        reading = [w for w in self._usable(sizes) if isinstance(w.offer.op, StoredAttention)]
+        best = min(reading, key=lambda w: at(w.seconds, sizes), default=None)
+        closest = None if best is None else (best.candidate.kernel, Work.of(best.traffic, best.seconds, sizes))
+        return in_front_reason(after, closest, [u.reason for o in stored for _, u in o.unavailable])
 
     def _options(self, before: Work) -> tuple[Option, ...]:
         known = (("measured", True),) if self.rivals.measured else ()

@@ -43,6 +43,18 @@ def fused_reason(op: FusedOp, before: Work, after: Work, measured: bool) -> str:
     return f"{how} {saved:.0f} % less time: {', '.join(gains) or better}"
 
 
+def in_front_reason(after: Work, reading: tuple[str, Work] | None, refusals: Sequence[str]) -> str:
+    """Why keys and values are dequantised or gathered in front of the kernel that was chosen: `reading` is the cheapest
+    that reads what is stored."""
+    if reading is None:
+        return f"; what is stored is dequantised or gathered in front: {'; '.join(dict.fromkeys(refusals))}"
+    name, work = reading
+    return (
+        f"; what is stored is dequantised or gathered in front, {duration(after.seconds)} in all: {name}, which would "
+        f"read it as it is, is predicted at {duration(work.seconds)}"
+    )
+
+
 def kept_reason(
     op: FusedOp,
     machine: Machine,

@@ -8,8 +8,9 @@ from typing import Any
 import ahead_of_time
 import pytest
 import torch
-from test_rope_cache import rotate_half, run
+from test_rope_cache import OTHERS, rotate_half, run
 
+__all__ = ["OTHERS"]
 Tensor = torch.Tensor
 FP8 = torch.float8_e4m3fn
 B, H, HK, L, S, D = 2, 4, 2, 3, 12, 16
@@ -186,7 +187,7 @@ def test_keys_alone_as_codes_are_refused() -> None:
     def function(*given: Any) -> tuple[Tensor, ...]:
         q, k, v, cos, sin, keys, values, position, ks, _ = given
         q, k = turned(q, cos, sin), turned(k, cos, sin)
-        at = torch.arange(L) + position
+        at = torch.arange(L, device=q.device) + position
         keys[:, :, at], values[:, :, at] = int8(k, ks), v
         return q, keys.clone(), values.clone()
 

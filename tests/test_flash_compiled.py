@@ -12,7 +12,8 @@ from fusion_compiler.fused import Attention, Layout, Mask, Modification
 from fusion_compiler.lowering.triton_codegen.flash import packed_source, predict, varlen
 from fusion_compiler.lowering.triton_codegen.flash.blocks import sources
 from fusion_compiler.lowering.triton_codegen.flash.expressions import Read
-from fusion_compiler.lowering.triton_codegen.flash.source import NAME, contiguous, tiles, write
+from fusion_compiler.lowering.triton_codegen.flash.source import NAME, contiguous, write
+from fusion_compiler.lowering.triton_codegen.flash.stored import tiles
 from fusion_compiler.machine import TABLE
 
 QUERY, KEY, BATCH = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("query", "key", "batch"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import test_cache_codes as written
 import test_paged_attention as paged
 import test_quantised_attention as quantised
+import test_quantised_prefill as prompts
 import test_rope_cache as turned
 import torch
 from paged_spellings import SPELLINGS, Paged
@@ -28,6 +32,37 @@ def test_codes(case: str, dtype: torch.dtype) -> None:
         agree(got, function(*inputs), function(*quantised.exact(case, inputs)), case)
     [decision] = [d for d in fc.last_report().fused if d.pattern == "attention"]
     assert "torch." in dict(decision.details)["codes"], decision.details
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", prompts.CASES)
+def test_prompts_against_codes(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = replace(prompts.predict.constants(), code=0.0, float8=0.0, scale=0.0)
+    monkeypatch.setattr(prompts.predict, "constants", lambda: free)
+    function = prompts.CASES[case][0]
+    inputs = tuple(t.cuda() for t in prompts.inputs_of(case, dtype))
+    wide = (t.double() if t.dtype in HALVES else t for t in inputs)
+    with torch.no_grad():
+        agree(through(function)(*inputs), function(*inputs), function(*wide), case)
+    [decision] = [d for d in fc.last_report().fused if d.pattern == "attention"]
+    assert decision.kernel.startswith("triton flash") and "torch." in dict(decision.details)["codes"], decision.reason
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [*written.STORES, "a wide scale"])
+def test_codes_that_are_written(case: str, dtype: torch.dtype) -> None:
+    """To the bit. A scale of no dimensions is rounded to the dtype of what it divides."""
+    store, codes, top = written.STORES.get(case, written.STORES["clamped"])
+    inputs = [t.cuda() for t in written.inputs_of(codes, top, dtype=dtype)]
+    if case == "a wide scale":
+        inputs[-2:] = [torch.tensor(0.0123, device="cuda"), torch.tensor(0.0317, device="cuda")]
+    function = written.step(store)
+    with torch.no_grad():
+        got = through(function, disable=written.OTHERS)(*(t.clone() for t in inputs))
+        eager = function(*(t.clone() for t in inputs))
+    assert [d.kernel for d in fc.last_report().fused] == ["triton rope_cache"]
+    for ours, theirs in zip(got[1:], eager[1:], strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)

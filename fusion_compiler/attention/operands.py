@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..cost.amounts import amount
-from ..fused import Attention, Layout, Site
+from ..fused import Attention, Layout, Site, StoredAttention
 from ..splice import Builder
 
 aten = torch.ops.aten
@@ -25,6 +27,20 @@ def named(op: Attention, site: Site) -> dict[str, Node]:
         *(["scale"] if op.scale_operand else []),
     ]
     return dict(zip(names, site.operands, strict=True))
+
+
+def apart(stored: StoredAttention, site: Site) -> tuple[Site, dict[str, Node]]:
+    """The site with the operands of the attention alone, and by name what else is read of what is stored."""
+    names = [
+        f"{side}_{what}"
+        for side, codes in (("k", stored.k), ("v", stored.v))
+        if codes is not None
+        for what in ("scale", *(["zero"] if codes.has_zero else []))
+    ]
+    names += ["table"] if stored.pages is not None else []
+    own = len(site.operands) - len(names)
+    beside = dict(zip(names, site.operands[own:], strict=True))
+    return replace(site, operands=site.operands[:own]), beside
 
 
 def scaled_queries(op: Attention, builder: Builder, site: Site, q: Node) -> Node:

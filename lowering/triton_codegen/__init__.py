@@ -30,13 +30,11 @@ class TritonCodegen:
             return _either(matmul.candidates(op, machine), norm_apart.candidates(op, machine))
         if isinstance(op, RowReduction):
             return row_reduction.candidates(op, machine)
-        if isinstance(op, StoredAttention):
-            return decode.candidates(op, machine)
         if isinstance(op, Counters):
             return counters.candidates(op, machine)
         if isinstance(op, RopeCache):
             return rope_cache.candidates(op, machine)
-        if isinstance(op, Attention):
+        if isinstance(op, (Attention, StoredAttention)):
             return _either(decode.candidates(op, machine), flash.candidates(op, machine))
         return []
 

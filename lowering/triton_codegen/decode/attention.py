@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from ....attention.operands import arranged, named
+from ....attention.operands import apart, arranged, named
 from ....candidates import Candidate, Unavailable
 from ....cost.amounts import amount
 from ....fused import Attention, Codes, Layout, Pages, Site, Size, StoredAttention
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 MOST_ROWS = 128  # query rows per key/value head; with more, a kernel with tiles of queries is the better plan
 WIDEST = 256
-STORED_ONCE = "What is stored is dequantised or gathered once for all of them, in front of a kernel for many queries"
+STORED_ONCE = "What is stored is dequantised or gathered once, in front of the kernel"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,7 +40,7 @@ def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Can
     """The plan predicted fastest, or why there is none."""
     stored = as_stored(asked)
     op, codes = stored.attention, (stored.k, stored.v)
-    refusal = _refusal(op, machine, stored=any(codes) or stored.pages is not None) or _unreadable(codes, machine)
+    refusal = _refusal(op, machine, stored=any(codes) or stored.pages is not None) or unreadable(codes, machine)
     if refusal is not None:
         return Unavailable(refusal)
     plan = predict.best_plan(stored, machine)
@@ -100,7 +100,7 @@ def _refusal(op: Attention, machine: Machine, *, stored: bool = False) -> str | 
     return _mask_refusal(op)
 
 
-def _unreadable(codes: tuple[Codes | None, Codes | None], machine: Machine) -> str | None:
+def unreadable(codes: tuple[Codes | None, Codes | None], machine: Machine) -> str | None:
     narrow = {c.dtype for c in codes if c is not None and c.dtype.is_floating_point}
     if narrow and not (machine.kind == "cuda" and machine.capability >= 89):
         return f"{machine.name} ({machine.arch}) has no instructions that widen {narrow.pop()}"
@@ -152,17 +152,8 @@ def prepared(
     """
     stored = as_stored(asked)
     op, codes = stored.attention, (stored.k, stored.v)
-    extra = [
-        f"{n}_{w}"
-        for n, c in zip("kv", codes, strict=True)
-        if c
-        for w in ("scale", "zero")
-        if w == "scale" or c.has_zero
-    ]
-    extra += ["table"] if stored.pages is not None else []
-    own = len(site.operands) - len(extra)
-    nodes = named(op, dataclasses.replace(site, operands=site.operands[:own]))
-    nodes |= dict(zip(extra, site.operands[own:], strict=True))
+    own, beside = apart(stored, site)
+    nodes = named(op, own) | beside
     layouts = dict(zip(("q", "k", "v", "mask"), op.layouts, strict=False))
     if op.mask.kind != "tensor":
         nodes.pop("mask", None)
@@ -170,7 +161,7 @@ def prepared(
     for name, held in zip("kv", codes, strict=True):
         if held is not None:
             first = stored.pages is not None and stored.pages.heads_first
-            read[name] = _coded(builder, nodes, name, held, layouts[name], heads_first=first)
+            read[name] = coded(builder, nodes, name, held, layouts[name], heads_first=first)
         if stored.pages is not None:
             read[name] = _paged(nodes[name].meta["val"], stored.pages, read.get(name))
     for name in [n for n in ("q", "k", "v", "mask") if n in nodes and n not in read]:
@@ -193,7 +184,7 @@ def prepared(
     return source, {name: nodes[name] for name in source.tensors}, (tiles, plan.splits)
 
 
-def _coded(
+def coded(
     builder: Builder, nodes: dict[str, Node], name: str, codes: Codes, layout: Layout, *, heads_first: bool
 ) -> Operand:
     """Codes, scale and zero as the kernel reads them, through the layout of what they stand for."""

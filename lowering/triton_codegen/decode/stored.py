@@ -41,7 +41,7 @@ class _Pair:
         return f"{(power + self.bias << self.mantissa | negative << 15) * 0x10001:#010x}"
 
 
-_PAIRS = {torch.bfloat16: _Pair("bf16x2", 7, 127, -133, 127), torch.float16: _Pair("f16x2", 10, 15, -24, 15)}
+PAIRS = {torch.bfloat16: _Pair("bf16x2", 7, 127, -133, 127), torch.float16: _Pair("f16x2", 10, 15, -24, 15)}
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class Stored:
     def _paired(self) -> bool:
         """Whether two numbers at a time are made of codes by instructions of NVIDIA."""
         codes = self.operand.codes
-        return self.native and codes is not None and not codes.dtype.is_floating_point and self.dtype in _PAIRS
+        return self.native and codes is not None and not codes.dtype.is_floating_point and self.dtype in PAIRS
 
     @property
     def unit(self) -> float:
         """What the numbers of a product are to be multiplied by."""
-        return 2.0 ** -(_PAIRS[self.dtype].lowest + _PAIRS[self.dtype].largest) if self._paired else 1.0
+        return 2.0 ** -(PAIRS[self.dtype].lowest + PAIRS[self.dtype].largest) if self._paired else 1.0
 
     @property
     def function(self) -> str:
@@ -129,7 +129,7 @@ class Stored:
 
     def _instructions(self) -> str:
         """Two words at a time, of which each register of a result has one number."""
-        codes, pair = self.operand.codes, _PAIRS[self.dtype]
+        codes, pair = self.operand.codes, PAIRS[self.dtype]
         assert codes is not None
         factor = pair.bits(pair.largest)
         if codes.packed:

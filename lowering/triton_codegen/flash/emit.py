@@ -10,33 +10,42 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ....attention.operands import arranged, named, rows_in_one_piece, scaled_queries
+from ....attention.operands import apart, arranged, named, rows_in_one_piece, scaled_queries
 from ....candidates import Amount
 from ....cost.amounts import amount
-from ....fused import Attention, Site
+from ....fused import Attention, Site, StoredAttention
 from ....splice import DESCRIPTOR_STEP, SpliceError, load_kernel
+from ..decode.attention import coded
+from ..decode.operands import Operand, as_stored
 from .blocks import listed
 from .expressions import Read
 from .plan import Plan
-from .source import NAME, Strides, tiles, write
+from .source import NAME, Strides
+from .stored import tiles, write_stored
 
 if TYPE_CHECKING:
     from ....splice import Builder
 
 
-def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node | tuple[Node, ...]:
-    """Adds the kernel of `plan`; returns what takes the place of the output, or of each of two."""
-    q, k, v = (arranged(builder, node, layout) for node, layout in zip(site.operands[:3], op.layouts[:3], strict=True))
-    q = scaled_queries(op, builder, site, q)
-    q, k, v = (rows_in_one_piece(builder, node) for node in (q, k, v))
+def emit(
+    asked: Attention | StoredAttention, plan: Plan, builder: Builder, site: Site, *, native: bool = False
+) -> Node | tuple[Node, ...]:
+    """Adds the kernel of `plan`, with NVIDIA's instructions for codes if `native`; returns what takes the place of the
+    output, or of each of two."""
+    stored = as_stored(asked)
+    op = stored.attention
+    site, beside = apart(stored, site)
+    q = arranged(builder, site.operands[0], op.layouts[0])
+    q = rows_in_one_piece(builder, scaled_queries(op, builder, site, q))
+    (k, k_codes), (v, v_codes) = (_side(name, stored, builder, site, beside) for name in "kv")
     if plan.descriptors and not (_describable(k) and _describable(v)):
         plan = replace(plan, descriptors=False)
     reads, lengths_stride, read = _reads(op, builder, site)
     out, out_strides, in_place = _result(op, builder, site)
     own = [_strides(node.meta["val"]) for node in (q, k, v)]
     strides = Strides(own[0], own[1], own[2], out_strides, lengths_stride, read)
-    source = write(op, plan, strides)
-    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, **reads, "out": out}
+    source = write_stored(op, plan, strides, k_codes, v_codes, native=native)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, **beside, **reads, "out": out}
     if op.logarithm is not None:
         rows, device = [op.batch, op.heads, op.q_len], q.meta["val"].device
         arguments["logarithm"] = builder.empty(rows, torch.float32, device)
@@ -45,7 +54,7 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node | tupl
     arguments |= {name: _size(builder, name) for name in source.symbols}
     arguments |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     grid = [op.heads, builder.ceil_div(op.q_len, plan.block_m), op.batch]
-    described = tiles(op, plan)
+    described = tiles(stored, plan)
     launched = builder.triton(
         load_kernel(source.text, NAME), grid, arguments, list(op.results), num_warps=plan.num_warps,
         num_stages=plan.num_stages, blocks=described,
@@ -57,6 +66,20 @@ def emit(op: Attention, plan: Plan, builder: Builder, site: Site) -> Node | tupl
         return out
     done = {"out": out, "logarithm": arranged(builder, launched["logarithm"], op.logarithm)}
     return tuple(done[name] for name in op.results)
+
+
+def _side(
+    name: str, stored: StoredAttention, builder: Builder, site: Site, beside: dict[str, Node]
+) -> tuple[Node, Operand | None]:
+    """Keys or values as the kernel reads them, and where they are codes how scales and zeros lie."""
+    place, codes = (1, stored.k) if name == "k" else (2, stored.v)
+    node, layout = site.operands[place], stored.attention.layouts[place]
+    if codes is None:
+        return rows_in_one_piece(builder, arranged(builder, node, layout)), None
+    operand = coded(builder, {name: node, **beside}, name, codes, layout, heads_first=False)
+    if list(layout.order) != sorted(layout.order):
+        node = builder.call(torch.ops.aten.permute.default, node, list(layout.order))
+    return node, operand
 
 
 def _reads(op: Attention, builder: Builder, site: Site) -> tuple[dict[str, Node], Amount, dict[str, Read]]:

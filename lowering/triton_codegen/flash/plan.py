@@ -32,3 +32,21 @@ def pieces(width: int) -> tuple[tuple[int, int], ...]:
         return ((0, whole),)
     rest = 1 << max((width - whole - 1).bit_length(), 4)
     return ((0, 2 * whole),) if rest == whole else ((0, whole), (whole, rest))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a head dimension that one product is of: text of `size` of them, of which those from `bound` on do
+    not exist (0: all do)."""
+
+    columns: str
+    size: int
+    bound: int
+
+
+def parts(width: int) -> tuple[Part, ...]:
+    """The pieces of a head dimension as parts."""
+    return tuple(
+        Part(f"{first} + tl.arange(0, {size})", size, width if first + size > width else 0)
+        for first, size in pieces(width)
+    )

@@ -21,8 +21,10 @@ from ....attention.choices import parts_of
 from ....candidates import Amount, Candidate, Traffic, Unavailable
 from ....cost.amounts import amount, ceil_div, maximum
 from ....cost.roofline import attention_traffic, visible_keys
-from ....fused import Attention
+from ....fused import Attention, Codes, StoredAttention
 from ....machine import TABLE, Machine
+from ..decode.attention import STORED_ONCE, unreadable
+from ..decode.operands import as_stored
 from ..matmul import imprecise, interpreted
 from .emit import emit
 from .expressions import Read
@@ -45,7 +47,8 @@ class Constants:
     per capped score, `native_cap` where the chip's own tanh does it, `operation` per operation of a modification,
     `start` per row and element of a program beside its steps; `launch` of the kernel beside the machine's own overhead,
     `listing` of the kernels that list blocks. Products in full float32 take `ordinary` times as long, and a program
-    that is left alone on an SM `alone` times its part of one that is shared."""
+    that is left alone on an SM `alone` times its part of one that is shared. Of keys and values that are codes, `code`
+    or `float8` per number that a program makes of them, and `scale` per score and scale or zero."""
 
     product: float
     score: float
@@ -57,6 +60,9 @@ class Constants:
     listing: float
     ordinary: float
     alone: float
+    code: float
+    float8: float
+    scale: float
 
 
 @functools.cache
@@ -65,12 +71,14 @@ def constants() -> Constants:
     return Constants(**raw["constants"])
 
 
-def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable:
+def candidates(asked: Attention | StoredAttention, machine: Machine) -> list[Candidate] | Unavailable:
     """The fastest predicted plan."""
-    refusal = unserved(op, machine)
+    stored = as_stored(asked)
+    op, codes = stored.attention, (stored.k, stored.v)
+    refusal = unserved(op, machine) or unstored(stored, machine)
     if refusal:
         return Unavailable(refusal)
-    plan = chosen(op, machine)
+    plan = chosen(stored, machine)
     if plan is None:
         return Unavailable(f"no block of queries and keys of {op.dtype} fits the shared memory of {machine.name}")
     try:
@@ -78,24 +86,37 @@ def candidates(op: Attention, machine: Machine) -> list[Candidate] | Unavailable
     except Unprintable as error:
         return Unavailable(f"what happens to the scores cannot be written into a kernel: {error}")
     traffic = attention_traffic(op)
+    spared = sum(_bytes_spared(op, side, code) for side, code in zip("kv", codes, strict=True))
+    traffic = replace(traffic, bytes_read=traffic.bytes_read - spared)
     return [
         Candidate(
             name="triton_flash",
             kernel=f"triton flash_{plan.label}",
             traffic=traffic,
-            seconds=seconds(op, plan, machine, traffic),
-            emit=functools.partial(emit, op, plan),
+            seconds=seconds(stored, plan, machine, traffic),
+            emit=functools.partial(emit, stored, plan, native=machine.kind == "cuda" and not interpreted()),
             details=(
                 ("block_m", plan.block_m), ("block_n", plan.block_n), ("num_warps", plan.num_warps),
                 ("num_stages", plan.num_stages), ("blocks listed", plan.listed),
+                ("codes", ", ".join("none" if c is None else f"{c.packed} {c.dtype}".strip() for c in codes)),
             ),
         )
     ]  # fmt: skip
 
 
-def chosen(op: Attention, machine: Machine) -> Plan | None:
+def chosen(asked: Attention | StoredAttention, machine: Machine) -> Plan | None:
     """The first plan that fits the machine."""
-    return next((p for p in plans(op, machine) if shared_memory(op, p) <= machine.shared_memory), None)
+    stored = as_stored(asked)
+    return next((p for p in plans(stored, machine) if shared_memory(stored, p) <= machine.shared_memory), None)
+
+
+def unstored(stored: StoredAttention, machine: Machine) -> str:
+    """Why what is stored is no form that the kernel reads."""
+    if stored.pages is not None:
+        return f"many queries read no pages of a cache. {STORED_ONCE}"
+    if (stored.k or stored.v) and stored.attention.dtype == torch.float32:
+        return f"codes become numbers of float16 and bfloat16 in the kernel. {STORED_ONCE}"
+    return unreadable((stored.k, stored.v), machine) or ""
 
 
 def unserved(op: Attention, machine: Machine) -> str:
@@ -121,18 +142,22 @@ def unserved(op: Attention, machine: Machine) -> str:
     return ""
 
 
-def plans(op: Attention, machine: Machine) -> Iterator[Plan]:
+def plans(asked: Attention | StoredAttention, machine: Machine) -> Iterator[Plan]:
     """Plans from the fastest on, as measured: two programs share an SM, so that the softmax of one hides behind the
     products of the other."""
+    stored = as_stored(asked)
+    op, codes = stored.attention, [code for code in (stored.k, stored.v) if code is not None]
     width = sum(size for _, size in (*pieces(op.head_dim), *pieces(op.v_dim)))
     if op.dtype == torch.float32:
         blocks = [(32, 32, 4, 2)] * (width <= 128) + [(16, 32, 4, 2)]
     else:
         few = [(64, 64, 4, 3)] * (width <= 256) + [(64, 64, 4, 2)] * (256 < width <= 320)
+        if codes and width <= 256 and not any(code.has_zero for code in codes):
+            few = [(64, 128, 4, 2)]  # with zeros too its registers do not suffice
         blocks = [*few, (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
     whole = len(pieces(op.head_dim)) == len(pieces(op.v_dim)) == 1
     describing = machine.kind == "cuda" and machine.capability >= DESCRIBING
-    described = describing and whole and op.dtype != torch.float32
+    described = describing and whole and op.dtype != torch.float32 and not codes
     for block_m, block_n, warps, stages in blocks:
         yield Plan(block_m, block_n, warps, stages, described, _is_listed(op), _is_native(op, machine))
 
@@ -153,14 +178,25 @@ def _is_listed(op: Attention) -> bool:
     return all(isinstance(n, int) for n in sizes) and int(op.q_len) * int(op.kv_len) >= LISTED_SCORES
 
 
-def shared_memory(op: Attention, plan: Plan) -> int:
-    """Upper estimate of a program's shared memory: the queries, and keys and values of every stage."""
-    qk, pv = (sum(size for _, size in pieces(width)) for width in (op.head_dim, op.v_dim))
-    return op.dtype.itemsize * (plan.block_m * qk + plan.num_stages * plan.block_n * (qk + pv)) + 2048
+def shared_memory(asked: Attention | StoredAttention, plan: Plan) -> int:
+    """Upper estimate of a program's shared memory: the queries, and keys and values of every stage, or where they are
+    codes these of every stage and numbers of one."""
+    stored = as_stored(asked)
+    op, item = stored.attention, stored.attention.dtype.itemsize
+    held = item * plan.block_m * sum(size for _, size in pieces(op.head_dim)) + 2048
+    for width, codes in ((op.head_dim, stored.k), (op.v_dim, stored.v)):
+        tile = plan.block_n * sum(size for _, size in pieces(width))
+        bytes_of_codes = 0.5 if codes is not None and codes.packed else 1
+        held += (
+            plan.num_stages * tile * item if codes is None else int((plan.num_stages * bytes_of_codes + item) * tile)
+        )
+    return held
 
 
-def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Amount:
+def seconds(asked: Attention | StoredAttention, plan: Plan, machine: Machine, traffic: Traffic) -> Amount:
     """Predicted time, launches included."""
+    stored = as_stored(asked)
+    op = stored.attention
     known, made = constants(), op.modification
     limited = replace(op, mask=proved(op))
     width = sum(size for _, size in (*pieces(op.head_dim), *pieces(op.v_dim)))
@@ -172,6 +208,7 @@ def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Am
     if made is not None:
         added = [1 if slope(op, a) is not None else _operations(a) for a in made.added]
         step += known.operation * (sum(added) + (0 if plan.listed else _operations(made.visible)))
+    step += sum(_making(code, width, plan) for code, width in ((stored.k, op.head_dim), (stored.v, op.v_dim)))
     block = plan.block_n + plan.block_m
     programs = amount(op.batch) * amount(op.heads) * ceil_div(amount(op.q_len), plan.block_m)
     mean = plan.block_m * (visible_keys(limited, block) * step + known.start * width)
@@ -185,6 +222,24 @@ def seconds(op: Attention, plan: Plan, machine: Machine, traffic: Traffic) -> Am
     moved = (traffic.bytes_read + traffic.bytes_written) / machine.memory_bandwidth
     launches = known.launch + machine.launch_overhead + (known.listing if plan.listed else 0.0)
     return maximum(work, moved) + launches
+
+
+def _making(codes: Codes | None, width: int, plan: Plan) -> float:
+    """What the numbers of codes and their scales add to a score."""
+    if codes is None:
+        return 0.0
+    known = constants()
+    each = known.float8 if codes.dtype.is_floating_point else known.code
+    return each * sum(size for _, size in pieces(width)) / plan.block_m + known.scale * (3 if codes.has_zero else 1)
+
+
+def _bytes_spared(op: Attention, side: str, codes: Codes | None) -> Amount:
+    """What is not read of keys or values that are codes."""
+    if codes is None:
+        return 0
+    width = op.head_dim if side == "k" else op.v_dim
+    elements = amount(op.batch) * amount(op.kv_heads) * amount(op.kv_len) * width
+    return elements * (op.dtype.itemsize - (0.5 if codes.packed else 1))
 
 
 def _reads(op: Attention) -> dict[str, Read]:

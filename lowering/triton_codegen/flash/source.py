@@ -20,7 +20,7 @@ from ....cost.amounts import amount
 from ....fused import Attention
 from .expressions import Read
 from .limits import limits, proved
-from .plan import Plan, pieces
+from .plan import Part, Plan, parts
 from .scores import LOG2_E, Scores
 from .sizes import size_text, symbols
 
@@ -68,12 +68,6 @@ def write(op: Attention, plan: Plan, strides: Strides) -> FlashSource:
     return Writer(op, plan, strides).write()
 
 
-def tiles(op: Attention, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The blocks in which keys and values are read through descriptors."""
-    widths = {"k": pieces(op.head_dim), "v": pieces(op.v_dim)}
-    return {name: (1, 1, plan.block_n, size) for name, ((_, size), *_) in widths.items()} if plan.descriptors else {}
-
-
 def read_arguments(op: Attention, reads: Mapping[str, Read]) -> list[str]:
     """The tensor arguments beside q, k, v and the result."""
     mask = proved(op)
@@ -102,7 +96,7 @@ class Writer:
         self.level = 1
         self.limits = limits(op, plan.block_n, strides.lengths, self.positions)
         self.scores = Scores(op, plan, strides.reads)
-        self.qk, self.pv = pieces(op.head_dim), pieces(op.v_dim)
+        self.qk, self.pv = parts(op.head_dim), parts(op.v_dim)
         self.even_rows, self.even_keys = self.scores.even_rows, self.scores.even_keys
 
     def emit(self, *lines: str) -> None:
@@ -117,10 +111,15 @@ class Writer:
         self.loops()
         self.finish()
         arguments = ", ".join([*tensors, *sizes, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"])
-        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {NAME}({arguments}):"]
+        head = ["import triton", "import triton.language as tl", "", "", *self.functions()]
+        head += ["@triton.jit", f"def {NAME}({arguments}):"]
         return FlashSource("\n".join([*head, *self.lines]) + "\n", tuple(tensors), tuple(sizes))
 
     # ---- parts ------------------------------------------------------------------------------
+    def functions(self) -> list[str]:
+        """What the kernel calls."""
+        return []
+
     def other_tensors(self) -> list[str]:
         return read_arguments(self.op, self.strides.reads) + (["blocks"] if self.plan.listed else [])
 
@@ -157,13 +156,13 @@ class Writer:
 
     def start(self) -> None:
         op = self.op
-        for i, (first, size) in enumerate(self.qk):
-            mask = self.inside("rows", amount(op.q_len), self.even_rows, first, size, op.head_dim, f"qd{i}[None, :]")
-            self.emit(f"qd{i} = {first} + tl.arange(0, {size})")
+        for i, part in enumerate(self.qk):
+            mask = self.inside("rows", amount(op.q_len), self.even_rows, part, f"qd{i}[None, :]")
+            self.emit(f"qd{i} = {part.columns}")
             self.emit(f"q{i} = tl.load({self.row_place('q', f'qd{i}[None, :]')}{mask})")
-        for i, (first, size) in enumerate(self.pv):
-            self.emit(f"vd{i} = {first} + tl.arange(0, {size})")
-            self.emit(f"acc{i} = tl.zeros((BLOCK_M, {size}), tl.float32)")
+        for i, part in enumerate(self.pv):
+            self.emit(f"vd{i} = {part.columns}")
+            self.emit(f"acc{i} = tl.zeros((BLOCK_M, {part.size}), tl.float32)")
         self.emit(*self.scores.setup())
         sink = self.scores.sink()
         lowest, total = f"{LOWEST if self.scores.bound is None else self.scores.bound!r}", "0.0"
@@ -171,9 +170,9 @@ class Writer:
             lowest, total = f"tl.maximum({sink}, {LOWEST})", "1.0"
         self.emit(f"m = tl.zeros((BLOCK_M,), tl.float32) + {lowest}", f"l = tl.full((BLOCK_M,), {total}, tl.float32)")
 
-    def inside(self, index: str, length: Amount, even: bool, first: int, size: int, width: int, d: str) -> str:
+    def inside(self, index: str, length: Amount, even: bool, part: Part, d: str) -> str:
         conditions = [] if even else [f"(({index}) < {size_text(length)})"]
-        conditions += [f"({d} < {width})"] if first + size > width else []
+        conditions += [f"({d} < {part.bound})"] if part.bound else []
         return f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
 
     def loops(self) -> None:
@@ -212,24 +211,30 @@ class Writer:
             f"{INDENT}start = listed // 2 * BLOCK_N",
         )
 
-    def keys_tile(self, name: str, i: int, first: int, size: int, width: int) -> str:
+    def make_tile(self, name: str, i: int) -> None:
+        """The part `i` of a block of keys or values."""
+        part, d = (self.qk[i], f"qd{i}[None, :]") if name == "k" else (self.pv[i], f"vd{i}[None, :]")
+        self.emit(f"{name}{i} = {self.loaded(name, part, d)}")
+
+    def loaded(self, name: str, part: Part, d: str) -> str:
+        """The columns `d` of a block of keys or values."""
         stride = getattr(self.strides, name)
         if self.plan.descriptors:
             place = "batch.to(tl.int32), kv_head.to(tl.int32), start, 0"
-            return f"{name}.load([{place}]).reshape([BLOCK_N, {size}])"
-        d = f"{'qd' if name == 'k' else 'vd'}{i}[None, :]"
+            return f"{name}.load([{place}]).reshape([BLOCK_N, {part.size}])"
         kv_len = amount(self.op.kv_len)
-        mask = self.inside("start + columns[:, None]", kv_len, self.even_keys, first, size, width, d)
+        mask = self.inside("start + columns[:, None]", kv_len, self.even_keys, part, d)
         row = _wide("start + columns[:, None]", kv_len, stride[2])
         place = f"{name} + {row} * {size_text(stride[2])} + {d} * {size_text(stride[3])}"
         return f"tl.load({place}{mask})"
 
     def step(self) -> None:
         """One block of keys."""
-        op, precision = self.op, FLOAT32 if self.op.dtype == torch.float32 else ""
-        for i, (first, size) in enumerate(self.qk):
-            self.emit(f"k{i} = {self.keys_tile('k', i, first, size, op.head_dim)}")
+        precision = FLOAT32 if self.op.dtype == torch.float32 else ""
+        for i in range(len(self.qk)):
+            self.make_tile("k", i)
             self.emit(f"s = tl.dot(q{i}, k{i}.T{', s' if i else ''}{precision})")
+        self.scored()
         lines, factor = self.scores.modified()
         self.emit(*lines)
         hidden = self.scores.hidden(self.limits.conditions)
@@ -247,11 +252,19 @@ class Writer:
                 "l = l * alpha + tl.sum(p, 1)",
                 "m = m_new",
             )
-        for i, (first, size) in enumerate(self.pv):
+        weight = self.weighted()
+        for i in range(len(self.pv)):
             if bound is None:
                 self.emit(f"acc{i} = acc{i} * alpha[:, None]")
-            self.emit(f"v{i} = {self.keys_tile('v', i, first, size, op.v_dim)}")
-            self.emit(f"acc{i} = tl.dot(p.to(v{i}.dtype), v{i}, acc{i}{precision})")
+            self.make_tile("v", i)
+            self.emit(f"acc{i} = tl.dot({weight}.to(v{i}.dtype), v{i}, acc{i}{precision})")
+
+    def scored(self) -> None:
+        """What makes the products `s` with what is loaded those with keys."""
+
+    def weighted(self) -> str:
+        """What loaded values are multiplied with."""
+        return "p"
 
     def finish(self) -> None:
         op = self.op
@@ -263,8 +276,8 @@ class Writer:
         empty = op.modification.empty_rows if op.modification is not None else op.mask.empty_rows
         if empty == "zero":
             self.emit("l = tl.where(l == 0.0, 1.0, l)")
-        for i, (first, size) in enumerate(self.pv):
-            mask = self.inside("rows", amount(op.q_len), self.even_rows, first, size, op.v_dim, f"vd{i}[None, :]")
+        for i, part in enumerate(self.pv):
+            mask = self.inside("rows", amount(op.q_len), self.even_rows, part, f"vd{i}[None, :]")
             mask = mask.removesuffix(", other=0.0")
             place = self.row_place("out", f"vd{i}[None, :]")
             self.emit(f"tl.store({place}, (acc{i} / l[:, None]).to(out.dtype.element_ty){mask})")
