@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .candidates import Amount
-from .fused import FusedOp, MatmulFamily, MatmulGroup, Site
+from .fused import FusedOp, MatmulFamily, MatmulGroup, RowReduction, Site
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from .pattern import AnyPattern
     from .semantics import SemanticView
+
+ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,24 @@ def find_all(view: SemanticView, patterns: Iterable[AnyPattern]) -> tuple[list[M
     near_misses: list[NearMiss] = []
     for pattern in patterns:
         found, almost = pattern.find(view)
-        taken = {node for m in matches for node in (*m.site.outputs, *m.site.interior)}
+        taken = {n for m in matches if _says_of(m, pattern.name) for n in (*m.site.outputs, *m.site.interior)}
         # a chain behind a linear that a user has declared, for example, is one place
         known = {m.site for m in matches if isinstance(m.op, MatmulFamily)}
         matches += [m for m in found if m.site not in known]
         near_misses += [n for n in almost if n.root not in taken]
-    # what was found there instead says enough, but a softmax says nothing of the attention it might have been part of,
+    # what was found there instead says enough, but a softmax says nothing of the whole that it might have been part of,
     # nor a linear behind pointwise operations of the norm in front of these
-    outputs = {m.site.output for m in matches if m.pattern not in ("softmax", "activation_linear")}
-    near_misses = [n for n in near_misses if n.node not in outputs and n.root not in outputs]
+    said = {m.site.output for m in matches if m.pattern not in ("softmax", "activation_linear")}
+    of_attention = {m.site.output for m in matches if _says_of(m, ATTENTION)}
+    near_misses = [n for n in near_misses if not {n.node, n.root} & (of_attention if n.pattern == ATTENTION else said)]
     return _share_prologues(matches), near_misses
+
+
+def _says_of(match: Match, pattern: str) -> bool:
+    """Whether a match says enough of where `pattern` almost stood. A softmax and the linears that products of one head
+    of one sequence are say nothing of the attention that these might have been part of."""
+    parts = match.pattern == "softmax" or isinstance(match.op, (MatmulFamily, MatmulGroup, RowReduction))
+    return not (pattern == ATTENTION and parts)
 
 
 def _share_prologues(matches: list[Match]) -> list[Match]:

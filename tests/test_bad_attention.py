@@ -261,12 +261,18 @@ def mask_repeated_by_batch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
     return torch.softmax((q @ k.transpose(-1, -2) * 0.25).masked_fill(hidden[:, None], float("-inf")), -1) @ v
 
 
+def no_worse_than_eager_with_symbols(fn: Attention, *given: torch.Tensor) -> Report:
+    options = {"machine": "h200", "remainder": "eager", "strict": True}
+    result = torch.compile(fn, backend=fusion_compiler, options=options, dynamic=True)(*given)
+    torch.testing.assert_close(result, fn(*given), rtol=1e-5, atol=1e-6)
+    report = fc.last_report()
+    assert report is not None
+    return report
+
+
 @pytest.mark.parametrize("fn", [rotated_in_part, mask_repeated_by_batch])
 def test_every_size_symbolic(fn: Attention) -> None:
-    given = operands(*[(LENGTH, WIDTH)] * 3)
-    given_options = {"machine": "h200", "remainder": "eager", "strict": True}
-    result = torch.compile(fn, backend=fusion_compiler, options=given_options, dynamic=True)(*given)
-    torch.testing.assert_close(result, fn(*given), rtol=1e-5, atol=1e-6)
+    no_worse_than_eager_with_symbols(fn, *operands(*[(LENGTH, WIDTH)] * 3))
 
 
 def test_queries_that_are_read_in_another_order_of_heads() -> None:
@@ -280,3 +286,21 @@ def test_queries_that_are_read_in_another_order_of_heads() -> None:
     starved = dataclasses.replace(machine("h100"), memory_bandwidth=1e6, l2_bandwidth=1e6)
     report = no_worse_than_eager(fn, *heads, machine=starved)
     assert any("decode" in d.kernel for d in report.fused), report
+
+
+# ---- never silent --------------------------------------------------------------------------------
+def test_one_head_whose_products_are_linears_is_told_of() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(q @ k.T, -1) @ v
+
+    report = no_worse_than_eager_with_symbols(fn, *(torch.randn(LENGTH, WIDTH) for _ in range(3)))
+    assert any(n.pattern == "attention" and "mark_static" in n.reason for n in report.near_misses), report
+
+
+def test_probabilities_changed_far_in_front_of_the_product() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        p = torch.softmax(q @ k.transpose(-1, -2), -1).double().clamp(min=1e-3).float()
+        return (v.transpose(-1, -2) @ p.transpose(-1, -2)).transpose(-1, -2)
+
+    _, report = run(fn, *operands(*[(LENGTH, WIDTH)] * 3))
+    assert any(n.pattern == "attention" and "clamp" in n.reason for n in report.near_misses), report

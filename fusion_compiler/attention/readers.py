@@ -33,12 +33,16 @@ def readers(node: Node) -> tuple[list[Node], list[Node]]:
 
 
 def leads_to_product(node: Node) -> bool:
-    """Whether a few pointwise steps on from `node` there is a contraction."""
-    reached = [node]
-    for _ in range(4):
-        reached = [u for n in reached for u in n.users if u.op == "call_function"]
-        if any(contraction(u) is not None and u.target is not aten.sum.dim_IntList for u in reached):
-            return True
+    """Whether a few pointwise steps on from `node`, beside views and casts, there is a contraction."""
+    reached = [(node, 4)]
+    while reached:
+        at, steps = reached.pop()
+        for user in (u for u in at.users if u.op == "call_function"):
+            if contraction(user) is not None and user.target is not aten.sum.dim_IntList:
+                return True
+            left = steps - (axes.step(user) is None and user.target not in axes.CASTS)
+            if left:
+                reached.append((user, left))
     return False
 
 

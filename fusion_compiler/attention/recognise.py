@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..fused import Attention, Layout, Mask, Site, Size
-from ..match import Match, NearMiss
+from ..match import ATTENTION, Match, NearMiss
 from ..sites import staying
 from . import arrangements, axes
 from .axes import Atom, View
@@ -36,7 +36,6 @@ from .softmax import Softmax, more_than_their_sum, softmax
 from .statistics import logarithm, unknown_logarithm
 from .storage import as_stored
 
-PATTERN = "attention"
 aten = torch.ops.aten
 SINK = "{} stands beside the scores and takes its part of every row (attention sinks)"
 WHOLE_LAYERS = (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default)
@@ -72,7 +71,7 @@ class _Finder:
             if parts is not None:
                 self.matches.append(as_stored(self._match(parts), self._indexer))
         except NotAttention as why:
-            self.near_misses.append(NearMiss(PATTERN, why.node, why.reason, node))
+            self.near_misses.append(NearMiss(ATTENTION, why.node, why.reason, node))
 
     # ---- the pieces -------------------------------------------------------------------------
     def _parts(self, node: Node) -> Parts | None:
@@ -245,7 +244,7 @@ class _Finder:
             reader = next(u for u in held.users if u not in inside)
             raise NotAttention(held, f"{held.name} is also read by {reader.name}, so the scores are written out anyway")
         escaping = staying(interior, outputs)
-        return Match(PATTERN, op, Site(tuple(operands), outputs[0], interior, escaping, tuple(outputs[1:])))
+        return Match(ATTENTION, op, Site(tuple(operands), outputs[0], interior, escaping, tuple(outputs[1:])))
 
     def _scale(self, parts: Parts, geometry: Geometry) -> Layout | None:
         """The layout of what scales the rows of scores, where that is more than one number."""
