@@ -117,7 +117,14 @@ def stored(case: str, dtype: torch.dtype = FLOAT, width: int = D) -> tuple[Any, 
 
 
 @pytest.mark.parametrize(
-    ("case", "width"), [*((case, D) for case in CASES), ("int8 per token", 48), ("int4 with zeros", 80)]
+    ("case", "width"),
+    [
+        *((case, D) for case in CASES),
+        ("int8 per token", 48),
+        ("int4 with zeros", 80),
+        ("int4 in halves", 48),
+        ("int4 in halves", 80),
+    ],
 )
 def test_numbers(case: str, width: int) -> None:
     function, inputs = CASES[case][0], inputs_of(case, width=width)

@@ -38,9 +38,11 @@ class Bytes(Stored):
         found = []
         for first, size in pieces(half):
             index = f"({first} + tl.arange(0, {size}))"
-            bound = self.size if first + size > half else 0
-            texts = (f"2 * {index}", f"2 * {index} + 1") if self.packed == "pairs" else (index, f"{index} + {half}")
-            found += [Part(text, size, bound) for text in texts]
+            pairs = self.packed == "pairs"
+            texts = (f"2 * {index}", f"2 * {index} + 1") if pairs else (index, f"{index} + {half}")
+            bounds = (self.size if pairs else half, self.size)
+            within = first + size <= half
+            found += [Part(text, size, 0 if within else bound) for text, bound in zip(texts, bounds, strict=True)]
         return tuple(found)
 
     @property
@@ -192,7 +194,7 @@ class StoredWriter(Writer):
             self.emit(f"{name}{i} = {name}_numbers({self.loaded(name, part, d)})")
         elif i % 2 == 0:
             first = pieces(side.size // 2)[i // 2][0]
-            codes = Part("", part.size, part.bound // 2)
+            codes = Part("", part.size, side.size // 2 if part.bound else 0)
             d = f"({first} + tl.arange(0, {part.size}))[None, :]"
             self.emit(f"{name}{i}, {name}{i + 1} = {name}_numbers({self.loaded(name, codes, d)})")
 
