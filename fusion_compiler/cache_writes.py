@@ -18,6 +18,7 @@ from torch.fx import Node
 from .attention import axes
 from .attention.index_functions import Indexer
 from .attention.limits import loads_of, read_from
+from .halves import VIEWS
 from .raising.registry import arguments
 from .shapes import shape_of
 
@@ -76,10 +77,19 @@ def _put(node: Node) -> Write | None:
         return _put_by_sequence(node, cache, indices[0], indices[POSITIONS], rows)
     if len(at) != 1:
         return None
+    rows = _with_leading_axes(rows) if isinstance(rows, Node) else rows
     fits = isinstance(rows, Node) and len(shape_of(rows)) == 4 and shape_of(at[0]) == shape_of(rows)[2:3]
     if not fits or at[0].meta["val"].dtype == torch.bool:
         return None
     return Write(node, cache, _counted(at[0]), rows)
+
+
+def _with_leading_axes(rows: Node) -> Node:
+    """`rows` with the axes of one element that an assignment drops in front, as in a batch of one."""
+    source = rows.all_input_nodes[0] if rows.target in VIEWS else rows
+    own, whole = shape_of(rows), shape_of(source)
+    dropped = len(whole) - len(own)
+    return source if dropped > 0 and whole == (1,) * dropped + tuple(own) else rows
 
 
 def _put_by_sequence(node: Node, cache: Node, sequences: Node, at: Node, rows: Node) -> Write | None:

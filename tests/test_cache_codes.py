@@ -149,6 +149,11 @@ def test_writes(write: Callable[..., None]) -> None:
     same(step(int8, write), inputs_of(torch.int8, 1 / 64))
 
 
+def test_a_batch_of_one_whose_axis_an_assignment_drops() -> None:
+    inputs = inputs_of(FP8, 1 / 256)
+    same(step(clamped), [t[:1].contiguous() if t.dim() == 4 else t for t in inputs])
+
+
 def test_rows_that_stand_otherwise() -> None:
     same(tokens_first, inputs_of(FP8, 1 / 256))
 
