@@ -160,7 +160,7 @@ def rivals(match: Match, offers: Sequence[Offer], machine: Machine, price: Price
         rest = price([n for n in everything if n not in gone]) + (Plan(()) if folds else norm)
         ways += [Way(o, c, rest, bool(dict(c.details).get("measured")), match.severed) for c in o.candidates]
     symbol = _symbol(match.op, [before.seconds, *(w.seconds for w in ways)])
-    return Rivals(match, offers, before, tuple(ways), _traced(match.op), symbol, measured)
+    return Rivals(match, offers, before, tuple(ways), _traced(match), symbol, measured)
 
 
 # ---- nodes --------------------------------------------------------------------------------------
@@ -185,9 +185,12 @@ def is_sized_by_symbols(op: FusedOp) -> bool:
     return bool(_symints(op))
 
 
-def _traced(op: FusedOp) -> dict[sympy.Symbol, int]:
+def _traced(match: Match) -> dict[sympy.Symbol, int]:
+    """The sizes of the fused op, and of a result whose features are as many as a symbol says."""
+    shapes = (node.meta["val"].shape for node in match.site.outputs)
+    sizes = [*_symints(match.op), *(size for shape in shapes for size in shape if isinstance(size, torch.SymInt))]
     found: dict[sympy.Symbol, int] = {}
-    for size in _symints(op):
+    for size in sizes:
         found |= traced_values(size)
     return found
 

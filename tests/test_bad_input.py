@@ -282,3 +282,16 @@ def test_one_function_with_two_sets_of_options() -> None:
         no_worse_than_eager(result, gated_mlp, x, gate, up)
         verdicts.append(len(report.fused))
     assert verdicts[:2] == [1, 0]
+
+
+def test_features_whose_number_is_symbolic() -> None:
+    def beside(x: torch.Tensor, norm: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        h = F.layer_norm(x, (K,), norm)
+        return torch.cat([F.silu(F.linear(h, gate)), F.linear(h, up)], -1)
+
+    x, norm, (gate, up) = torch.randn(65, K, dtype=torch.float16), torch.randn(K, dtype=torch.float16), weights()
+    for weight in (gate, up):
+        torch._dynamo.mark_dynamic(weight, 0)
+    result, report = run(beside, x, norm, gate, up)
+    torch.testing.assert_close(result, beside(x, norm, gate, up), rtol=1e-2, atol=1e-2)
+    assert "mark only the rows of the input as dynamic" in sentences(report)
