@@ -31,6 +31,7 @@ from .machine import TABLE, Machine, machine
 from .match import Match, find_all
 from .notes import notes
 from .offers import offers_of, shared, unknown_size
+from .purity import is_impure
 from .quantised import with_packed_weights
 from .ranges import ranges_of
 from .reasons import EMPTY, UNGUARDED, UNKNOWN
@@ -310,7 +311,7 @@ def _read(gm: GraphModule, chosen: Sequence[Judged]) -> set[int]:
     at = {output: j for j in chosen for output in j.site.outputs}
     found: set[int] = set()
     seen: set[Node] = set()
-    stack = [n for n in gm.graph.nodes if n.op == "output" or n.is_impure()]
+    stack = [n for n in gm.graph.nodes if n.op == "output" or is_impure(n)]
     while stack:
         node = stack.pop()
         j = at.get(node)

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .cost.amounts import amount
 from .cost.node_work import is_view
 from .fused import Site
+from .purity import is_random
 from .report import where
 from .shapes import count, shape_of
 
@@ -139,7 +140,7 @@ def _returned(node: Node) -> bool:
 
 
 def _randomness(site: Site) -> str | None:
-    drawn = next((n for n in site.interior if _is_random(n)), None)
+    drawn = next((n for n in site.interior if is_random(n)), None)
     return f"{_named(drawn)} draws random numbers, which a fused kernel would draw differently" if drawn else None
 
 
@@ -160,18 +161,6 @@ def mutated(node: Node) -> Iterator[Node]:
         for one in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(one, Node):
                 yield one
-
-
-def _is_random(node: Node) -> bool:
-    """Whether a node draws random numbers. Attention operators draw none where they drop nothing out."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    names = [a.name for a in node.target._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    position = names.index("dropout_p")
-    given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-    return not (isinstance(given, (int, float)) and given == 0)
 
 
 def _storage(node: Node) -> int | None:

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from .algebra import POINTWISE, Value
 from .cost.node_work import is_library_call, is_view
+from .purity import is_impure
 from .semantics import SemanticView
 from .shapes import TRANSPARENT_DTYPES, count, shape_of
 from .sites import outputs_of
@@ -83,7 +84,7 @@ def _chain(view: SemanticView, linear: Value, root: Node, inside: dict[Node, Non
 
 def _readers(node: Node) -> list[Node]:
     """Those that read what is in `node`: functionalising leaves views that nobody reads, and sizes are known anyhow."""
-    alive = [user for user in node.users if user.users or user.op == "output" or user.is_impure()]
+    alive = [user for user in node.users if user.users or user.op == "output" or is_impure(user)]
     alive = [reader for user in alive for reader in (user.users if _is_split(user) else [user])]
     return [user for user in alive if user.target is not torch.ops.aten.sym_size.int]
 

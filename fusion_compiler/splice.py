@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import dependent_launch
 from .fused import Site
+from .purity import is_impure
 from .torch_private import fake_tensors, kernel_nodes
 from .torch_private.source_files import module_from_source, source_of
 
@@ -258,4 +259,4 @@ def clean(gm: GraphModule) -> None:
 
 def _is_impure(node: Node) -> bool:
     """A node to keep though nobody reads it. A functional kernel launch is none, though FX takes it for one."""
-    return node.target is not kernel_nodes.KERNEL_NODE and node.is_impure()
+    return node.target is not kernel_nodes.KERNEL_NODE and is_impure(node)

@@ -75,6 +75,7 @@ class AttentionKernel:
     `query_block`: queries of a head that one multiprocessor computes together, all of them even where there are fewer
     (0: the work is always spread evenly); where blocks leave multiprocessors idle, one takes `alone` of its time in a
     full device.
+    `splits_keys`: of a single query, multiprocessors take a part of the keys each.
     """
 
     compute: Fractions
@@ -86,6 +87,7 @@ class AttentionKernel:
     key_block: int = 0
     query_block: int = 0
     alone: float = 1.0
+    splits_keys: bool = False
 
 
 @dataclass(frozen=True)

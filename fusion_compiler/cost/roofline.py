@@ -221,9 +221,9 @@ def flash_seconds(
         compute = compute * where(greater(kernel.short_rows, q_len), ratio, 1.0)
     if kernel.query_block:
         blocks = ceil_div(q_len, kernel.query_block)
-        # a block is computed whole, by one multiprocessor; a single query has kernels that split the keys
+        # a block is computed whole, by one multiprocessor
         busy = maximum(1.0, kernel.alone * machine.num_sms / (heads * blocks)) * blocks * kernel.query_block / q_len
-        compute = compute * where(greater(q_len, 1), busy, 1.0)
+        compute = compute * (where(greater(q_len, 1), busy, 1.0) if kernel.splits_keys else busy)
     memory = moved / (machine.memory_bandwidth * kernel.memory)
     return maximum(compute, memory) + kernel.latency + machine.launch_overhead
 
