@@ -10,9 +10,10 @@ graph, so nothing on such a path waits for the fused node and no cycle can arise
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -37,11 +38,31 @@ EXPENSIVE = (
 )  # fmt: skip
 
 
+COMPARED = "compared exactly"
+
+
+def mark_compared(graph: Graph) -> None:
+    """Marks the tensors that a graph of forward and backward pass asks to be equal.
+
+    The gradient of a maximum goes where x is equal to it. The backward pass may compute x anew, and finds none unless
+    it does so as the forward pass did.
+    """
+    for node in graph.nodes:
+        if node.target in (aten.eq.Tensor, aten.ne.Tensor):
+            for source in node.all_input_nodes:
+                while is_view(source):
+                    source.meta[COMPARED] = True
+                    source = source.all_input_nodes[0]
+                source.meta[COMPARED] = True
+
+
 class Legality:
     """The facts about one graph that every site's check needs, gathered once."""
 
     def __init__(self, graph: Graph) -> None:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.compared = {node for node in graph.nodes if COMPARED in node.meta}
+        self.anew = _computed_anew(self.compared, set(graph.output_node().all_input_nodes))
         self.writes = [(node, written) for node in graph.nodes for written in mutated(node)]
 
     def check(self, site: Site, *, complex_numbers: bool = False, codes: bool = False) -> str | None:
@@ -53,7 +74,18 @@ class Legality:
             or _gaps(site)
             or _escapes(site)
             or _randomness(site)
+            or self._comparison(site)
             or self._mutation(site)
+        )
+
+    def _comparison(self, site: Site) -> str | None:
+        inside = [n for n in site.interior if n not in site.outputs]
+        doubtful = [n for n in inside if n in self.compared] + [n for n in (*inside, *site.outputs) if n in self.anew]
+        if not doubtful:
+            return None
+        return (
+            f"the backward pass looks where a tensor equals its maximum, for which it computes {_named(doubtful[0])} "
+            "anew; a fused kernel would round otherwise (take the maximum of x.detach() if it needs no gradient)"
         )
 
     def _late_operand(self, site: Site) -> str | None:
@@ -126,7 +158,8 @@ def _gaps(site: Site) -> str | None:
     """A result that the graph returns as part of a larger tensor would have to be written into such a one."""
     for output in site.outputs:
         value = output.meta["val"]
-        reach = sum((amount(n) - 1) * amount(s) for n, s in zip(value.shape, value.stride(), strict=True)) + 1
+        steps = zip(value.shape, value.stride(), strict=True)
+        reach = sympy.expand(sum((amount(n) - 1) * amount(s) for n, s in steps) + 1)
         if (reach != count(shape_of(output)) or amount(value.storage_offset()) != 0) and _returned(output):
             return (
                 f"{_named(output)} is returned as it lies in a larger tensor (strides {tuple(value.stride())}, from "
@@ -137,6 +170,18 @@ def _gaps(site: Site) -> str | None:
 
 def _returned(node: Node) -> bool:
     return any(user.op == "output" or (is_view(user) and _returned(user)) for user in node.users)
+
+
+def _computed_anew(compared: Iterable[Node], saved: Collection[Node]) -> set[Node]:
+    """What the `compared` are computed from, up to what is saved for the backward pass."""
+    found: set[Node] = set()
+    stack = list(compared)
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in saved and node.op == "call_function":
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def _randomness(site: Site) -> str | None:

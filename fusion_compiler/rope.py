@@ -64,7 +64,7 @@ def _halves(t: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, ...]:
 def complex_rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """x [..., D] real, its pairs as complex numbers multiplied with `turns` [..., D/2], computed in real numbers."""
     a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    c, s = torch.view_as_real(turns).unbind(-1)
+    c, s = torch.view_as_real(turns.resolve_conj()).unbind(-1)
     return torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2)
 
 

@@ -139,3 +139,21 @@ def test_the_logarithm_of_infinity() -> None:
     x[0, 0] = float("inf")
     result, _ = run(fn, x, torch.ones(8, 16))
     assert result[0].isinf().all() and result[1].isfinite().all()
+
+
+def test_a_maximum_whose_gradient_goes_where_it_is_met() -> None:
+    """The backward pass computes the norm anew, and has to find the number that the forward pass found greatest."""
+
+    def fn(x: Tensor, g: Tensor, w: Tensor) -> Tensor:
+        y = F.layer_norm(x, (32,), g)
+        scale = y.abs().amax(-1, keepdim=True) / 127
+        return F.linear(F.layer_norm(y / scale + y, (32,)), w)
+
+    args = [t.requires_grad_() for t in (torch.randn(4, 32), torch.randn(32), torch.randn(8, 32))]
+    before = len(fc.reports())
+    got = torch.autograd.grad(run(fn, *args)[0].square().sum(), args)
+    want = torch.autograd.grad(fn(*args).square().sum(), args)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    told = [d for d in fc.reports()[before].decisions if "equals its maximum" in d.reason]
+    assert told and all(d.verdict == "kept" for d in told)

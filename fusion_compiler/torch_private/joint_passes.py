@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from ..layout import follow
+from ..legality import mark_compared
 from ..splice import same_strides
 from .attention_rewrite import check_attention
 
@@ -54,7 +55,7 @@ class Before(_Pass):
 
 
 class After(_Pass):
-    """Gives values back that were overwritten."""
+    """Gives values back that were overwritten, and marks what a backward pass compares exactly."""
 
     def run(self, graph: Graph) -> None:
         known = _known.pop(graph, {})
@@ -66,3 +67,5 @@ class After(_Pass):
             if before.shape == now.shape and before.dtype == now.dtype and not same_strides(before, now):
                 node.meta["val"] = overwritten[node] = before
         follow(graph, overwritten)
+        if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
+            mark_compared(graph)
