@@ -157,3 +157,15 @@ def test_a_maximum_whose_gradient_goes_where_it_is_met() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     told = [d for d in fc.reports()[before].decisions if "equals its maximum" in d.reason]
     assert told and all(d.verdict == "kept" for d in told)
+
+
+def test_pairs_turned_back_as_complex_numbers_in_the_backward_pass() -> None:
+    """The gradient is multiplied with the conjugated angles, which are no view of real numbers."""
+
+    def fn(x: Tensor, angles: Tensor) -> Tensor:
+        turns = torch.polar(torch.ones_like(angles), angles)
+        return torch.view_as_real(torch.view_as_complex(x.reshape(2, 6, 4, 2)) * turns).flatten(-2)
+
+    x, angles = torch.randn(2, 6, 8, requires_grad=True), torch.randn(6, 4)
+    got = torch.autograd.grad(run(fn, x, angles)[0].square().sum() / 2, x)[0]
+    torch.testing.assert_close(got, x.detach())
