@@ -230,24 +230,34 @@ def test_a_fused_call_is_replaced_where_more_is_known_than_its_mask() -> None:
     assert isinstance(op, Attention) and op.vendor and says_more(op)
 
 
-def sinks(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, seen: Tensor | None = None) -> Tensor:
+def sinks(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, seen: Tensor | None = None, *, first: bool = False) -> Tensor:
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.mT * 0.25
     if seen is not None:
         scores = scores + torch.where(seen, 0.0, torch.finfo(torch.float32).min)
-    joined = torch.cat([scores, sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)], -1)
+    column = sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+    joined = torch.cat([column, scores] if first else [scores, column], -1)
     joined = joined - joined.max(-1, keepdim=True).values
-    return torch.softmax(joined, -1, dtype=joined.dtype)[..., :-1] @ v
+    probabilities = torch.softmax(joined, -1, dtype=joined.dtype)
+    return (probabilities[..., 1:] if first else probabilities[..., :-1]) @ v
 
 
-@pytest.mark.parametrize("width", [None, 20])
-def test_sinks(width: int | None) -> None:
+@pytest.mark.parametrize(("width", "first"), [(None, False), (20, False), (20, True)])
+def test_sinks(width: int | None, first: bool) -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
         rows, keys = positions(q, k)
-        return sinks(q, k, v, sink, None if width is None else (keys <= rows) & (keys > rows - width))
+        return sinks(q, k, v, sink, None if width is None else (keys <= rows) & (keys > rows - width), first=first)
 
     op = check(fn, *heads(2, 4, 2, LENGTH, LENGTH, 16), torch.randn(4))
     assert op.modification is not None and op.modification.mask.window == width
+
+
+def test_a_column_beside_the_scores_that_is_not_the_one_left_out() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1, 4, LENGTH, 1), q @ k.mT], -1).softmax(-1)[..., :-1] @ v
+
+    _, (missed, *_) = find_attention(traced(fn, *heads(1, 4, 4, LENGTH, LENGTH, 16)))
+    assert "whose probability nobody reads" in missed.reason
 
 
 def test_a_sink_takes_all_of_a_row_that_sees_nothing() -> None:

@@ -103,8 +103,9 @@ def scores(node: Node) -> Scores | Obstacle:
     if target is aten.cat.default:
         return Obstacle(
             node,
-            "it puts further columns beside the scores (attention sinks), which no fused kernel does; attention "
-            "without them times sigmoid(logsumexp of its scores − sink) is the same",
+            "it puts further columns beside the scores; kernels take one (an attention sink) whose probability nobody "
+            "reads, softmax(cat([scores, sink], -1))[..., :-1], and none that is a key: keys belong together before "
+            "the product",
         )
     cure = "; flex_attention's score_mod takes any function of a score" if _is_pointwise(node) else ""
     return Obstacle(node, f"it is neither a scale, a mask, a view nor a product of queries and keys ({target}){cure}")
