@@ -101,6 +101,10 @@ def _step(node: Node, tokens: int) -> Found | None:
         return _clamped(node, dtype)
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return _scaled(node, dtype, tokens)
+    if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
+        number = node.args[1]
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        return ((CacheStep("add", dtype, sign * number),), source, None) if isinstance(number, (int, float)) else None
     return None
 
 
@@ -148,7 +152,7 @@ def _within(steps: list[CacheStep], dtype: torch.dtype) -> bool:
     least = largest = False
     for step in reversed(steps):
         number = step.number
-        if step.function in ("mul", "div"):
+        if step.function in ("mul", "div", "add"):
             break
         least = least or (step.function == "clamp_min" and number is not None and number >= bounds.min)
         largest = largest or (step.function == "clamp_max" and number is not None and number <= bounds.max)

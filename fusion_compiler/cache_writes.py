@@ -157,6 +157,7 @@ def _copied(node: Node) -> Node:
     if node.target is not aten.copy.default:
         return node
     source: Any = node.args[1]
+    source = _with_leading_axes(source) if isinstance(source, Node) else source
     same = isinstance(source, Node) and shape_of(source) == shape_of(node)
     return source if same and source.meta["val"].dtype == node.meta["val"].dtype else node
 

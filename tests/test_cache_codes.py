@@ -45,6 +45,11 @@ def uint8(t: Tensor, scale: Any) -> Tensor:
     return (t.float() / scale).round().clamp_min(0).clamp_max(255).to(torch.uint8)
 
 
+def zero(t: Tensor, scale: Any) -> Tensor:
+    """With a zero point."""
+    return ((t / scale).round() + 128).clamp(0, 255).to(torch.uint8)
+
+
 def cut(t: Tensor, scale: Any) -> Tensor:
     """Towards zero, as a cast does."""
     return torch.clamp(t / scale, -127, 127).to(torch.int8)
@@ -53,7 +58,7 @@ def cut(t: Tensor, scale: Any) -> Tensor:
 STORES: dict[str, tuple[Store, torch.dtype, float]] = {
     "clamped": (clamped, FP8, 1 / 256), "bare": (bare, FP8, 1 / 128), "wide": (wide, FP8, 0.013),
     "number": (number, FP8, 1.0), "int8": (int8, torch.int8, 1 / 64), "uint8": (uint8, torch.uint8, 0.011),
-    "cut": (cut, torch.int8, 1 / 64),
+    "zero": (zero, torch.uint8, 1 / 64), "cut": (cut, torch.int8, 1 / 64),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ class CacheStep:
     """An operation on new rows of a cache, the result of which is rounded to `dtype`: with a `number`, or a product or
     quotient with the scale where there is none. In half precision a scale of no dimensions is rounded first."""
 
-    function: Literal["mul", "div", "round", "clamp_min", "clamp_max", "cast"]
+    function: Literal["mul", "div", "add", "round", "clamp_min", "clamp_max", "cast"]
     dtype: torch.dtype
     number: float | None = None
 

@@ -50,13 +50,21 @@ def _result(step: CacheStep, scale: str, narrowed: bool) -> str:
         return f"tl.where(tl.abs(y) < {HALVES}, (y + {WHOLE}) - {WHOLE}, y)"
     if step.number is None:
         held = rounded(scale, step.dtype) if narrowed else scale
-        return f"y * {held}" if step.function == "mul" else f"tl.div_rn(y, {held})"
+        return _product(f"{held}.to(tl.float64)", held, step) if step.function == "mul" else f"tl.div_rn(y, {held})"
     if step.function in ("clamp_min", "clamp_max"):
         function = "maximum" if step.function == "clamp_min" else "minimum"
         return f"tl.{function}(y, {literal(step.number)}, propagate_nan=tl.PropagateNan.ALL)"
     number = _single(step.number)
+    if step.function == "add":
+        return f"y + {literal(number)}"
     # torch divides by a number so: times its reciprocal
-    return f"y * {literal(_single(1.0 / number) if step.function == 'div' else number)}"
+    factor = literal(_single(1.0 / number) if step.function == "div" else number)
+    return _product(factor, factor, step)
+
+
+def _product(wide: str, factor: str, step: CacheStep) -> str:
+    """A product that is rounded by itself: in float32, one that no sum behind it is joined to."""
+    return f"(y.to(tl.float64) * {wide}).to(tl.float32)" if step.dtype == torch.float32 else f"y * {factor}"
 
 
 def _single(number: float) -> float:
