@@ -42,14 +42,15 @@ COMPARED = "compared exactly"
 
 
 def mark_compared(graph: Graph) -> None:
-    """Marks the tensors that a graph of forward and backward pass asks to be equal.
+    """Marks the floating-point tensors that a graph of forward and backward pass asks to be equal.
 
     The gradient of a maximum goes where x is equal to it. The backward pass may compute x anew, and finds none unless
     it does so as the forward pass did.
     """
     for node in graph.nodes:
         if node.target in (aten.eq.Tensor, aten.ne.Tensor):
-            for source in node.all_input_nodes:
+            floating = [n for n in node.all_input_nodes if n.meta["val"].is_floating_point()]
+            for source in floating:  # equal positions or segments are a mask
                 while is_view(source):
                     source.meta[COMPARED] = True
                     source = source.all_input_nodes[0]

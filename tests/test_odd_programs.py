@@ -14,6 +14,7 @@ from torch import Tensor
 import fusion_compiler as fc
 from fusion_compiler import backend, offers
 from fusion_compiler.backend import fusion_compiler
+from fusion_compiler.legality import COMPARED, mark_compared
 from fusion_compiler.machine import TABLE
 from fusion_compiler.report import Report
 
@@ -169,3 +170,10 @@ def test_pairs_turned_back_as_complex_numbers_in_the_backward_pass() -> None:
     x, angles = torch.randn(2, 6, 8, requires_grad=True), torch.randn(6, 4)
     got = torch.autograd.grad(run(fn, x, angles)[0].square().sum() / 2, x)[0]
     torch.testing.assert_close(got, x.detach())
+
+
+@pytest.mark.parametrize("dtype, marked", [(torch.float32, 2), (torch.int64, 0)])
+def test_segments_that_are_equal_are_a_mask_and_no_maximum(trace: Any, dtype: torch.dtype, marked: int) -> None:
+    gm = trace(lambda a: torch.eq(a + 1, a * 2), torch.ones(3, dtype=dtype))
+    mark_compared(gm.graph)
+    assert sum(COMPARED in node.meta for node in gm.graph.nodes) == marked
