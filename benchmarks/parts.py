@@ -80,6 +80,9 @@ def measured(
                 yield figures
             else:
                 print(figures, file=sys.stderr, flush=True)
+    # a process that ends has the driver busy, so none does while another measures
+    for pipe, process in prepared:
+        pipe.send("done")
         process.join()
 
 
@@ -121,6 +124,7 @@ def _work(items: Sequence[Any], prepare: Prepare, pipe: Connection, until: float
             except Exception:
                 pipe.send(f"{item.name}: {traceback.format_exc()[-1500:]}")
     pipe.send(None)
+    pipe.recv()
 
 
 def _ready(pipe: Connection, process: BaseProcess, until: float) -> bool:

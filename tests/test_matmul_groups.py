@@ -176,17 +176,17 @@ def test_a_linear_with_a_bias_behind_a_projection_is_none_of_its_siblings() -> N
     assert len({match.site.operands[0], *(n.args[0] for n in match.site.outputs)}) == 1
 
 
-@pytest.mark.parametrize("normed", [False, True])
-def test_a_sum_that_a_norm_reads_saves_no_kernel(normed: bool) -> None:
+def test_a_sum_that_a_norm_reads_saves_no_kernel() -> None:
     """Inductor adds in the norm's kernel; fused with the linear, the norm is a kernel all the same."""
 
-    def block(x, w, r):
-        h = F.linear(x, w) + r
-        return (F.rms_norm(h, (2048,)), h) if normed else h
+    def saving(normed: bool) -> float:
+        def block(x, w, r):
+            h = F.linear(x, w) + r
+            return (F.rms_norm(h, (2048,)), h) if normed else h
 
-    report = fc.explain(
-        block, *(t.bfloat16() for t in (torch.randn(16, 8192), torch.randn(2048, 8192), torch.randn(16, 2048))),
-        machine="h200",
-    )  # fmt: skip
-    [found] = [d for d in report.decisions if d.pattern == "linear_epilogue"]
-    assert (found.verdict == "kept") == normed, found.reason
+        shapes = ((16, 8192), (2048, 8192), (16, 2048))
+        report = fc.explain(block, *(torch.randn(*shape).bfloat16() for shape in shapes), machine="h200")
+        [found] = [d for d in report.decisions if d.pattern == "linear_epilogue"]
+        return found.saving
+
+    assert saving(normed=False) - saving(normed=True) > 1.4e-6

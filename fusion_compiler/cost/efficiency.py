@@ -38,7 +38,8 @@ class LibraryMatmul:
     """The vendor's GEMM, which chooses from `tiles` (rows, columns, fraction of `compute`); none: any size is fine.
 
     `overlap`: the part of the shorter of arithmetic and memory time that hides behind the longer. `latency`: seconds
-    before memory is drawn at full rate, and after. `split_seconds`: what splitting K among the units costs that too few
+    before memory is drawn at full rate, and after; `depth` of it more for each unit of K to the power of ¾, as measured
+    from K = 1024 to 14336. `split_seconds`: what splitting K among the units costs that too few
     tiles would leave idle; 0 where the library does not split. At fractions of the L2's bandwidth, `sums` of parts of K
     are written and read, and tiles read `operands`, which neighbours share (0: no limit).
     """
@@ -50,6 +51,7 @@ class LibraryMatmul:
     overlap: float
     tiles: tuple[tuple[int, int, float], ...]
     latency: float = 0.0
+    depth: float = 0.0
     split_seconds: float = 0.0
     sums: float = 1.0
     operands: float = 0.0
@@ -131,6 +133,7 @@ def _load(name: str) -> Efficiency:
             matmul["overlap"],
             tuple((rows, columns, fraction) for rows, columns, fraction in matmul["tiles"]),
             matmul.get("latency", 0.0),
+            matmul.get("depth", 0.0),
             matmul.get("split_seconds", 0.0),
             matmul.get("sums", 1.0),
             matmul.get("operands", 0.0),

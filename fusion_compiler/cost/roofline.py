@@ -126,7 +126,7 @@ def library_matmul_seconds(
     reached = machine.rate(dtype) * (found.batched_compute if batched else found.compute).of(dtype)
     memory_fraction = found.batched_memory if batched else found.memory
     memory = (traffic.bytes_read + traffic.bytes_written - l2_bytes) / (machine.memory_bandwidth * memory_fraction)
-    memory = memory + l2_bytes / (machine.l2_bandwidth * memory_fraction) + found.latency
+    memory = memory + l2_bytes / (machine.l2_bandwidth * memory_fraction) + found.latency + found.depth * k**0.75
     times = []
     for tile_m, tile_n, fraction in found.tiles:
         rows = minimum(tile_m, maximum(16, 16 * ceil_div(m, 16)))

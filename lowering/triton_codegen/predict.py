@@ -214,6 +214,12 @@ def _constants_of(op: MatmulFamily, plan: Plan) -> str:
     return f"{'wide' if plan.wide else 'narrow'}{' plain' if op.norm is None and op.weights == 1 else ''}"
 
 
+def _shares_squares(op: MatmulFamily, plan: Plan) -> bool:
+    """Whether several warps compute Σ x² of 16 rows for one weight, which was measured to take half as long again as in
+    a single warp (and with two weights no longer); why is not known."""
+    return plan.gram and plan.rows == CORRECTED_ROWS and op.weights == 1 and plan.num_warps > 1
+
+
 def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: Any) -> Any:
     """Predicted time where the kernel moves `moved` bytes (a number or sympy). `rows` is the most that the plan is to
     serve; of tiles, the number there is (a number or sympy)."""
@@ -234,10 +240,8 @@ def seconds(op: MatmulFamily, plan: Plan, machine: Machine, moved: Any, rows: An
     # library its place until somebody measures
     ordinary = plan.kind == "swap" and op.dtype == torch.float32
     per_product = 8 * 2 * machine.num_sms / machine.vector_flops if ordinary else kind.product
-    element, gram = kind.x_element, plan.gram and plan.rows == CORRECTED_ROWS
-    # n32k256 at K = 4096 and 16 rows was measured at 13.1 µs with a LayerNorm and 16.8 with an RMSNorm; why is not
-    # known, so the second is priced as the first
-    if op.norm is not None and norm_mode(op, plan) == "folded" and (op.norm.kind == "layer" or gram):
+    element = kind.x_element
+    if op.norm and norm_mode(op, plan) == "folded" and (op.norm.kind == "layer" or _shares_squares(op, plan)):
         element += kind.correction
     work = per_sm * steps * (element * plan.rows * plan.step_k + per_product * products)
     start = kind.start + kind.row * (plan.rows - 1) + machine.launch_overhead
