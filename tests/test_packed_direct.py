@@ -56,6 +56,7 @@ def run(op: MatmulFamily | MatmulGroup, plan: Plan, given: dict[str, torch.Tenso
     ("rows", "n", "plan"),
     [
         (5, 64, Plan("direct", 8, 32, 256, 2, splits=2)),
+        (4, 64, Plan("direct", 8, 32, 128, 2, slices=2, splits=2)),
         (16, 112, Plan("direct", 16, 56, 128, 2, slices=2)),  # features that are no power of two
         (20, 72, Plan("direct", 32, 32, 256, 4)),  # more features in the last block than there are, and rows
     ],

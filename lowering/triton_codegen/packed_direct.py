@@ -47,11 +47,12 @@ def plans(op: MatmulFamily | MatmulGroup, rows: int) -> list[Plan]:
     if weights > 2:
         return []
     if weights == 2:  # its sums and words take the registers of twice as many features
-        ahead = padded // 8
-        return [Plan("direct", padded, 32, STEP, WARPS, slices=ahead)] if k % (ahead * STEP) == 0 else []
+        slices = padded // 8
+        return [Plan("direct", padded, 32, STEP, WARPS, slices=slices)] if k % (slices * STEP) == 0 else []
     shared = ((32, 1), (32, 2), (64, 1), (64, 2), (64, 4))
     found = [Plan("direct", padded, n, STEP, WARPS, splits=s) for n, s in shared if k % (s * STEP) == 0]
-    return found + ([Plan("direct", 8, 32, STEP, WARPS, slices=2)] if padded == 8 and k % (2 * STEP) == 0 else [])
+    ahead = (Plan("direct", 8, 32, STEP, WARPS, slices=2, splits=s) for s in (1, 2) if k % (2 * STEP * s) == 0)
+    return [*found, *(ahead if padded == 8 else ())]
 
 
 def shared_memory(op: MatmulFamily | MatmulGroup, plan: Plan) -> int:
