@@ -24,6 +24,9 @@ FLOAT8 = (
     TOO_LARGE,
     "code = (code | ((bits >> 24) & 128)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)",
 )
+# A zero that the compiler does not know: what has been combined with its bits is a number of its own, where a product
+# would otherwise be joined to the sum behind it, through casts even, and not be rounded by itself as in eager.
+NOTHING = ("nothing = tl.program_id(2)", "nothing16 = nothing.to(tl.int16)")
 HALVES = 2.0**22  # from here on no float32 lies half between two integers
 WHOLE = 1.5 * 2.0**23  # a float32 near this number is an integer
 
@@ -39,8 +42,11 @@ def code_statements(value: str, steps: tuple[CacheStep, ...], scale: str, narrow
 
 
 def rounded(value: str, dtype: torch.dtype) -> str:
-    """A float32 with the value that `dtype` has for `value`."""
-    return f"({value})" if dtype == torch.float32 else f"({value}).to({TYPES[dtype]}).to(tl.float32)"
+    """A float32 with the value that `dtype` has for `value`, rounded by itself; needs `NOTHING`."""
+    if dtype == torch.float32:
+        return f"(({value}).to(tl.int32, bitcast=True) ^ nothing).to(tl.float32, bitcast=True)"
+    half = TYPES[dtype]
+    return f"(({value}).to({half}).to(tl.int16, bitcast=True) ^ nothing16).to({half}, bitcast=True).to(tl.float32)"
 
 
 def _result(step: CacheStep, scale: str, narrowed: bool) -> str:
@@ -50,7 +56,7 @@ def _result(step: CacheStep, scale: str, narrowed: bool) -> str:
         return f"tl.where(tl.abs(y) < {HALVES}, (y + {WHOLE}) - {WHOLE}, y)"
     if step.number is None:
         held = rounded(scale, step.dtype) if narrowed else scale
-        return _product(f"{held}.to(tl.float64)", held, step) if step.function == "mul" else f"tl.div_rn(y, {held})"
+        return f"y * {held}" if step.function == "mul" else f"tl.div_rn(y, {held})"
     if step.function in ("clamp_min", "clamp_max"):
         function = "maximum" if step.function == "clamp_min" else "minimum"
         return f"tl.{function}(y, {literal(step.number)}, propagate_nan=tl.PropagateNan.ALL)"
@@ -59,12 +65,7 @@ def _result(step: CacheStep, scale: str, narrowed: bool) -> str:
         return f"y + {literal(number)}"
     # torch divides by a number so: times its reciprocal
     factor = literal(_single(1.0 / number) if step.function == "div" else number)
-    return _product(factor, factor, step)
-
-
-def _product(wide: str, factor: str, step: CacheStep) -> str:
-    """A product that is rounded by itself: in float32, one that no sum behind it is joined to."""
-    return f"(y.to(tl.float64) * {wide}).to(tl.float32)" if step.dtype == torch.float32 else f"y * {factor}"
+    return f"y * {factor}"
 
 
 def _single(number: float) -> float:

@@ -19,7 +19,7 @@ from ...fused import CacheStep, RopeCache, RowNorm, Site
 from ...machine import Machine
 from ...reasons import ON_CPU
 from ...splice import load_kernel
-from .cache_codes import code_statements, rounded
+from .cache_codes import NOTHING, code_statements, rounded
 from .pointwise import literal
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class _Writer:
     def write(self) -> str:
         op, r = self.op, self.reading
         several = tokens(op)
+        self.emit(*(NOTHING if op.codes is not None else []))
         self.emit(f"head = tl.program_id(0) % {op.heads + 2 * op.kv_heads}")
         self.emit(f"block = tl.program_id(0) // {op.heads + 2 * op.kv_heads}")
         self.emit(f"row = block.to(tl.int64) * {several} + tl.arange(0, {several})[:, None]")
@@ -242,9 +243,7 @@ class _Writer:
         """A turned half; with `product`, of products that are rounded to it."""
         if product is None:
             return f"{x} * cos_{side} {sign} {y} * sin_{side}"
-        # in float64 a product of float32 is exact: rounded by itself, and not in one step with the sum
-        exact = "({}.to(tl.float64) * {}.to(tl.float64)).to(tl.float32)" if product == torch.float32 else "({} * {})"
-        left, right = (rounded(exact.format(*pair), product) for pair in ((x, f"cos_{side}"), (y, f"sin_{side}")))
+        left, right = (rounded(f"{a} * {b}", product) for a, b in ((x, f"cos_{side}"), (y, f"sin_{side}")))
         return rounded(f"{left} {sign} {right}", product)
 
     def scale(self, name: str, strides: Strides, head: str) -> None:
