@@ -13,7 +13,7 @@ from fusion_compiler import dependent_launch
 from fusion_compiler.fused import Site
 from fusion_compiler.lowering.triton_codegen import matmul
 from fusion_compiler.lowering.triton_codegen.plans import Plan
-from fusion_compiler.splice import Builder, clean, replace
+from fusion_compiler.splice import ZEROS, Builder, clean, load_kernel, replace
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 SPLIT = Plan("split", 16, 32, 16, 4, 3, splits=4)
@@ -70,3 +70,9 @@ def test_zeros_that_a_graph_needs_once_are_paid_by_all_who_share_them() -> None:
         return min(o.work.seconds for o in split)
 
     assert seconds(1) - seconds(6) == pytest.approx(0.75e-6, rel=0.05)
+
+
+def test_zeros_of_any_size() -> None:
+    held = torch.ones(3000, dtype=torch.int32)
+    load_kernel(ZEROS, "zeros")[(3,)](held, SIZE=2500, BLOCK=1024)
+    assert not held[:2500].any() and held[2500:].all()
