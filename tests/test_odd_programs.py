@@ -77,6 +77,10 @@ def test_inductor_writes_other_strides_over_those_of_an_argument() -> None:
     check(fn, torch.randn(3, 24)[:, ::2], torch.randn(12))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="Inductor's joint passes take these casts out by themselves, and its own result is 0 there",
+)
 @pytest.mark.parametrize(
     "rest",
     [
