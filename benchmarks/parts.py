@@ -4,6 +4,7 @@ alone on the device (compiling takes far longer than measuring), and figures of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -74,7 +75,7 @@ def measured(
     prepared = [(pipe, process) for pipe, process in running if _ready(pipe, process, began + seconds)]
     print(f"prepared in {time.time() - began:.0f} s", file=sys.stderr, flush=True)
     for pipe, process in prepared:
-        pipe.send("your turn")
+        _tell(pipe, "your turn")
         for figures in iter(functools.partial(_told, pipe, process), None):
             if isinstance(figures, dict):
                 yield figures
@@ -82,7 +83,7 @@ def measured(
                 print(figures, file=sys.stderr, flush=True)
     # a process that ends has the driver busy, so none does while another measures
     for pipe, process in prepared:
-        pipe.send("done")
+        _tell(pipe, "done")
         process.join()
 
 
@@ -137,6 +138,12 @@ def _ready(pipe: Connection, process: BaseProcess, until: float) -> bool:
     print(f"{process.name}: not prepared in time", file=sys.stderr, flush=True)
     process.terminate()
     return False
+
+
+def _tell(pipe: Connection, word: str) -> None:
+    """To a process; one that has died needs no telling, and what it leaves is seen by `_told`."""
+    with contextlib.suppress(BrokenPipeError):
+        pipe.send(word)
 
 
 def _told(pipe: Connection, process: BaseProcess) -> Any:

@@ -177,8 +177,7 @@ def main() -> None:
     cases = {case.name: case for case in (TINY if args.tiny else CASES)}
     if args.merge:
         order = {name: i for i, name in enumerate(cases)}
-        merged = parts.merged(args.merge, lambda row: order.get(row["name"], len(order)), args.json)
-        rows = [Row(**{key: row[key] for key in row if key != "part"}) for row in merged]
+        rows = harness.rows_of(parts.merged(args.merge, lambda row: order.get(row["name"], len(order)), args.json))
     else:
         rows = []
         for name in harness.chosen(list(cases), args.only):

@@ -19,15 +19,17 @@ def prepare(item: parts.Item) -> Callable[[], dict[str, Any]]:
     if item.name == "fails when measured":
         raise_later: dict[str, Any] = {}
         return lambda: raise_later["figures"]
+    if item.name == "dies when measured":
+        return lambda: os._exit(4)
     return lambda: {"name": item.name}
 
 
 def test_the_other_rows_are_measured(capfd: pytest.CaptureFixture[str]) -> None:
-    names = ["one", "dies", "fails", "two", "fails when measured"]
-    rows = list(parts.measured([*map(parts.Item, names)], prepare, jobs=5))
+    names = ["one", "dies", "fails", "dies when measured", "two", "fails when measured"]
+    rows = list(parts.measured([*map(parts.Item, names)], prepare, jobs=6))
     assert [row["name"] for row in rows] == ["one", "two"]
     told = capfd.readouterr().err
-    assert "dies: the process died with 3" in told
+    assert "dies: the process died with 3" in told and "dies when measured: the process died with 4" in told
     assert "fails: " in told and "ValueError: no such row" in told and "KeyError: 'figures'" in told
 
 
